@@ -1,0 +1,16 @@
+// Operator schemas. Implementations register themselves by dispatch key: csrc/cpu and csrc/cuda.
+// Fake kernels and autograd are registered in lpips_fast/ops.py.
+#include "stable_abi.h"
+
+STABLE_TORCH_LIBRARY(lpips_fast, m) {
+  m.def("distance(Tensor[] feats0, Tensor[] feats1, Tensor[] weights, float eps) -> Tensor");
+  m.def(
+      "distance_backward(Tensor grad, Tensor[] feats0, Tensor[] feats1, Tensor[] weights, "
+      "float eps, bool need_feats0, bool need_feats1, bool need_weights) -> Tensor[]");
+  m.def(
+      "distance_map(Tensor[] feats0, Tensor[] feats1, Tensor[] weights, float eps) "
+      "-> Tensor[]");
+  m.def(
+      "distance_map_backward(Tensor[] grads, Tensor[] feats0, Tensor[] feats1, Tensor[] weights, "
+      "float eps, bool need_feats0, bool need_feats1, bool need_weights) -> Tensor[]");
+}

@@ -1,0 +1,99 @@
+"""What all tests share: where weights and images are, the reference package, poisoned memory."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+import textwrap
+from pathlib import Path
+from types import ModuleType
+
+import pytest
+import torch
+
+REPOSITORY = Path(__file__).resolve().parents[1]
+
+
+def shared_folder(name: str) -> Path | None:
+    """A folder of real weights or images beside the repository; a user's clone has none."""
+    folder = REPOSITORY.parent / "shared" / name
+    return folder if folder.is_dir() else None
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    if torch.cuda.is_available():
+        return
+    for item in items:
+        if item.get_closest_marker("cuda"):
+            item.add_marker(pytest.mark.skip(reason="no CUDA device"))
+
+
+@pytest.fixture(scope="session")
+def real_weights() -> Path:
+    """A folder that holds ImageNet weights of AlexNet and SqueezeNet."""
+    named = os.environ.get("LPIPS_FAST_WEIGHTS")
+    folder = Path(named) if named else shared_folder("weights")
+    if folder is None or not folder.is_dir():
+        pytest.skip("no ImageNet trunk weights: LPIPS_FAST_WEIGHTS is not set")
+    return folder
+
+
+@pytest.fixture(scope="session")
+def example_images() -> dict[str, Path]:
+    """The original repository's example images: ref, p0, p1."""
+    folder = REPOSITORY / "examples" / "images"
+    return {name: folder / f"ex_{name}.png" for name in ("ref", "p0", "p1")}
+
+
+@pytest.fixture(scope="session")
+def reference() -> ModuleType:
+    """The unmodified ``lpips`` 0.1.4."""
+    declare_torchvision_operators()
+    return pytest.importorskip("lpips", reason="the reference package lpips is not installed")
+
+
+def declare_torchvision_operators() -> None:
+    """Lets a CUDA build of torchvision be imported beside a CPU torch, which misses two schemas.
+
+    Nothing of it but network definitions is used.
+    """
+    try:
+        import torchvision  # noqa: F401
+    except RuntimeError:
+        global _torchvision_schemas
+        _torchvision_schemas = torch.library.Library("torchvision", "DEF")
+        for name in ("nms", "qnms"):
+            _torchvision_schemas.define(
+                f"{name}(Tensor dets, Tensor scores, float iou_threshold) -> Tensor"
+            )
+    except ImportError:
+        pass
+
+
+@pytest.fixture
+def poisoned():
+    """Fills every new uninitialised tensor with NaN, so that an unwritten output shows."""
+    before = torch.are_deterministic_algorithms_enabled()
+    torch.use_deterministic_algorithms(True)
+    torch.utils.deterministic.fill_uninitialized_memory = True
+    yield
+    torch.use_deterministic_algorithms(before)
+
+
+@pytest.fixture
+def run_python():
+    """Runs code in a fresh interpreter, with further environment variables; returns its output."""
+
+    def run(code: str, **environment: str) -> str:
+        done = subprocess.run(
+            [sys.executable, "-c", textwrap.dedent(code)],
+            env={**os.environ, **environment},
+            capture_output=True,
+            text=True,
+            timeout=300,
+        )
+        assert done.returncode == 0, done.stderr
+        return done.stdout
+
+    return run
