@@ -1,0 +1,287 @@
+"""The three trunks as data: their layers, their taps, and the module that runs them.
+
+A trunk is the convolutional part of an ImageNet classifier; a tap is a ReLU output that LPIPS
+compares. The layers and their indices are torchvision's, so that its checkpoints load; the modules
+are grouped into ``slice1``, ``slice2``, … at the taps, as in the ``lpips`` package, so that its
+checkpoints load too. A new trunk is one more entry in :data:`TRUNKS`.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections import namedtuple
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+
+class Conv(NamedTuple):
+    channels: int
+    kernel: int
+    stride: int = 1
+    padding: int = 0
+
+
+class ReLU(NamedTuple):
+    pass
+
+
+class MaxPool(NamedTuple):
+    kernel: int
+    stride: int
+    ceil_mode: bool = False
+
+
+class Fire(NamedTuple):
+    """SqueezeNet's module: a 1x1 convolution, then a 1x1 and a 3x3 one side by side."""
+
+    squeeze: int
+    expand: int
+
+
+Layer = Conv | ReLU | MaxPool | Fire
+
+
+@dataclass(frozen=True)
+class TrunkSpec:
+    """One trunk. ``taps`` maps the name of a tap to the index of the layer whose output it is."""
+
+    layers: tuple[Layer, ...]
+    taps: dict[str, int]
+    initialize: Callable[[Tensor], Any] | None  # of random convolutions; None: torch's own
+
+
+def _vgg_block(channels: int, convolutions: int) -> tuple[Layer, ...]:
+    return (Conv(channels, 3, padding=1), ReLU()) * convolutions + (MaxPool(2, 2),)
+
+
+def _kaiming_normal(weight: Tensor) -> Tensor:
+    return nn.init.kaiming_normal_(weight, mode="fan_out", nonlinearity="relu")
+
+
+TRUNKS: dict[str, TrunkSpec] = {
+    # Krizhevsky, "One weird trick for parallelizing convolutional neural networks", 2014.
+    "alex": TrunkSpec(
+        layers=(
+            *(Conv(64, 11, stride=4, padding=2), ReLU(), MaxPool(3, 2)),
+            *(Conv(192, 5, padding=2), ReLU(), MaxPool(3, 2)),
+            *(Conv(384, 3, padding=1), ReLU()),
+            *(Conv(256, 3, padding=1), ReLU()),
+            *(Conv(256, 3, padding=1), ReLU()),
+        ),
+        taps={"relu1": 1, "relu2": 4, "relu3": 7, "relu4": 9, "relu5": 11},
+        initialize=None,
+    ),
+    # Simonyan and Zisserman, "Very Deep Convolutional Networks …", 2015, configuration D.
+    "vgg": TrunkSpec(
+        layers=(
+            *_vgg_block(64, 2),
+            *_vgg_block(128, 2),
+            *_vgg_block(256, 3),
+            *_vgg_block(512, 3),
+            *_vgg_block(512, 3)[:-1],
+        ),
+        taps={"relu1_2": 3, "relu2_2": 8, "relu3_3": 15, "relu4_3": 22, "relu5_3": 29},
+        initialize=_kaiming_normal,
+    ),
+    # Iandola et al., "SqueezeNet", 2016, version 1.1.
+    "squeeze": TrunkSpec(
+        layers=(
+            *(Conv(64, 3, stride=2), ReLU(), MaxPool(3, 2, ceil_mode=True)),
+            *(Fire(16, 64), Fire(16, 64), MaxPool(3, 2, ceil_mode=True)),
+            *(Fire(32, 128), Fire(32, 128), MaxPool(3, 2, ceil_mode=True)),
+            *(Fire(48, 192), Fire(48, 192), Fire(64, 256), Fire(64, 256)),
+        ),
+        taps={
+            **{"relu1": 1, "relu2": 4, "relu3": 7, "relu4": 9},
+            **{"relu5": 10, "relu6": 11, "relu7": 12},
+        },
+        initialize=nn.init.kaiming_uniform_,
+    ),
+}
+
+
+def trunk_spec(net: str) -> TrunkSpec:
+    """The table entry of a trunk; a ValueError names the trunks there are."""
+    if net not in TRUNKS:
+        raise ValueError(f"unknown trunk {net!r}; expected one of {', '.join(TRUNKS)}")
+    return TRUNKS[net]
+
+
+class FireModule(nn.Module):
+    """:class:`Fire` with torchvision's parameter names."""
+
+    def __init__(self, in_channels: int, squeeze: int, expand: int) -> None:
+        super().__init__()
+        self.squeeze = nn.Conv2d(in_channels, squeeze, 1)
+        self.expand1x1 = nn.Conv2d(squeeze, expand, 1)
+        self.expand3x3 = nn.Conv2d(squeeze, expand, 3, padding=1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.squeeze(x).relu_()
+        return torch.cat((self.expand1x1(x), self.expand3x3(x)), dim=1).relu_()
+
+
+def _module(layer: Layer, in_channels: int) -> tuple[nn.Module, int]:
+    match layer:
+        case Conv(channels, kernel, stride, padding):
+            return nn.Conv2d(in_channels, channels, kernel, stride, padding), channels
+        case ReLU():
+            return nn.ReLU(inplace=True), in_channels
+        case MaxPool(kernel, stride, ceil_mode):
+            return nn.MaxPool2d(kernel, stride, ceil_mode=ceil_mode), in_channels
+        case Fire(squeeze, expand):
+            return FireModule(in_channels, squeeze, expand), 2 * expand
+    raise TypeError(f"not a layer of a trunk: {layer!r}")
+
+
+class Trunk(nn.Module):
+    """A frozen convolutional network that returns its taps.
+
+    Args:
+        net: a key of :data:`TRUNKS`.
+        state_dict: ``features.N.…`` weights with torchvision's names
+            (:func:`lpips_fast.weights.load_trunk_weights`), or ``None`` for random ones, drawn as
+            torchvision draws them.
+        requires_grad: whether the weights learn.
+
+    Weights and activations are kept channels-last, the order in which both the convolutions and
+    the distance that follows are fastest.
+
+    >>> taps = Trunk("alex")(torch.zeros(1, 3, 64, 64))
+    >>> taps._fields, taps.relu1.shape
+    (('relu1', 'relu2', 'relu3', 'relu4', 'relu5'), torch.Size([1, 64, 15, 15]))
+    """
+
+    def __init__(
+        self, net: str, state_dict: dict[str, Tensor] | None = None, requires_grad: bool = False
+    ) -> None:
+        super().__init__()
+        spec = trunk_spec(net)
+        self.net_name = net
+        self.N_slices = len(spec.taps)
+        self._outputs = namedtuple("TrunkOutputs", spec.taps)  # type: ignore[misc]
+        channels, first = 3, 0
+        for number, last in enumerate(spec.taps.values(), start=1):
+            block = nn.Sequential()
+            for index in range(first, last + 1):
+                module, channels = _module(spec.layers[index], channels)
+                block.add_module(str(index), module)
+            self.add_module(f"slice{number}", block)
+            first = last + 1
+        if state_dict is not None:
+            self.load_features(state_dict)
+        elif spec.initialize is not None:
+            for module in self.modules():
+                if isinstance(module, nn.Conv2d):
+                    spec.initialize(module.weight)
+                    nn.init.zeros_(module.bias)  # type: ignore[arg-type]
+        self.requires_grad_(requires_grad)
+        self.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        # The outputs' class is made from the table and so cannot be pickled by name.
+        state = {k: v for k, v in self.__dict__.items() if k != "_outputs"}
+        return _restore_trunk, (type(self), state)
+
+    def slices(self) -> list[nn.Module]:
+        return [getattr(self, f"slice{number}") for number in range(1, self.N_slices + 1)]
+
+    def load_features(self, state_dict: dict[str, Tensor]) -> None:
+        """Loads weights with torchvision's names, ``features.N.…``."""
+        slice_of = {
+            index: f"slice{number}"
+            for number, block in enumerate(self.slices(), start=1)
+            for index in block._modules
+        }
+        renamed = {}
+        for key, value in state_dict.items():
+            index = key.split(".")[1]
+            renamed[f"{slice_of[index]}.{key.removeprefix('features.')}"] = value
+        self.load_state_dict(renamed)
+
+    def forward(self, x: Tensor) -> tuple[Tensor, ...]:
+        """Taps of scaled images.
+
+        Args:
+            x: (N, 3, H, W), as :class:`lpips_fast.ScalingLayer` returns it.
+
+        Returns:
+            A named tuple, one tensor (N, C_l, H_l, W_l) per tap.
+        """
+        taps = []
+        x = x.contiguous(memory_format=torch.channels_last)
+        for block in self.slices():
+            x = block(x)
+            taps.append(x)
+        return self._outputs(*taps)
+
+
+def _restore_trunk(cls: type[Trunk], state: dict[str, Any]) -> Trunk:
+    trunk = cls.__new__(cls)
+    trunk.__dict__.update(state)
+    trunk._outputs = namedtuple("TrunkOutputs", TRUNKS[trunk.net_name].taps)  # type: ignore[misc]
+    return trunk
+
+
+def feature_shapes(net: str) -> dict[str, tuple[int, ...]]:
+    """Name and shape of every weight of a trunk, with torchvision's names.
+
+    >>> feature_shapes("alex")["features.0.weight"]
+    (64, 3, 11, 11)
+    """
+    shapes, channels = {}, 3
+    for index, layer in enumerate(trunk_spec(net).layers):
+        with torch.device("meta"):
+            module, channels = _module(layer, channels)
+        for name, value in module.state_dict().items():
+            shapes[f"features.{index}.{name}"] = tuple(value.shape)
+    return shapes
+
+
+def tap_channels(net: str) -> list[int]:
+    """Channels of every tap, in order.
+
+    >>> tap_channels("squeeze")
+    [64, 128, 256, 384, 384, 512, 512]
+    """
+    spec, channels, per_layer = trunk_spec(net), 3, []
+    for layer in spec.layers:
+        match layer:
+            case Conv():
+                channels = layer.channels
+            case Fire():
+                channels = 2 * layer.expand
+        per_layer.append(channels)
+    return [per_layer[index] for index in spec.taps.values()]
+
+
+def _output_size(layer: Layer, size: int) -> int:
+    match layer:
+        case Conv(_, kernel, stride, padding):
+            return (size + 2 * padding - kernel) // stride + 1
+        case MaxPool(kernel, stride, ceil_mode):
+            if size < kernel and not ceil_mode:
+                return 0
+            out = (size - kernel + (stride - 1 if ceil_mode else 0)) // stride + 1
+            # As in torch: a window may not start beyond the input.
+            return out - 1 if (out - 1) * stride >= size else out
+    return size
+
+
+def minimum_size(net: str) -> int:
+    """The smallest height and width, in pixels, from which every tap has at least one position.
+
+    >>> minimum_size("vgg")
+    16
+    """
+    for size in itertools.count(1):
+        remaining = size
+        for layer in trunk_spec(net).layers:
+            remaining = _output_size(layer, remaining) if remaining > 0 else 0
+        if remaining > 0:
+            return size
+    raise AssertionError("unreachable")

@@ -1,0 +1,132 @@
+"""How far lpips_fast is from the unmodified ``lpips`` 0.1.4, with one state dict in both.
+
+``python tests/parity.py`` prints the table of the README; ``test_parity.py`` holds it to bounds.
+"""
+
+from __future__ import annotations
+
+import argparse
+import itertools
+from types import ModuleType
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+import lpips_fast
+
+NETS = ("alex", "vgg", "squeeze")
+VERSIONS = ("0.1", "0.0")
+MODES = {
+    "distance": {},
+    "baseline": {"lpips": False},
+    "spatial": {"spatial": True},
+    "spatial baseline": {"lpips": False, "spatial": True},
+}
+
+
+class Errors(NamedTuple):
+    """Largest relative errors: of values elementwise, of gradients by norm."""
+
+    values: float
+    image_gradients: float
+    weight_gradients: float  # of the linear layers and of the trunk
+
+
+def relative(result: Tensor, expected: Tensor) -> float:
+    return ((result - expected).norm() / expected.norm()).item()
+
+
+def trunk_weights(net: str, seed: int = 0) -> dict[str, Tensor]:
+    """Random weights that keep activations in range (He et al. 2015), the same for both."""
+    generator = torch.Generator().manual_seed(seed)
+    weights = {}
+    for name, shape in lpips_fast.trunk.feature_shapes(net).items():
+        if name.endswith("bias"):
+            weights[name] = 0.1 * torch.randn(shape, generator=generator)
+        else:
+            fan_in = shape[1] * shape[2] * shape[3]
+            weights[name] = torch.randn(shape, generator=generator) * (2 / fan_in) ** 0.5
+    return weights
+
+
+def models(
+    reference: ModuleType, net: str, version: str, dtype: torch.dtype, **options
+) -> tuple[torch.nn.Module, torch.nn.Module]:
+    """Ours and the original, with the same weights: ours are loaded into the original, strictly."""
+    common = {"net": net, "version": version, "pnet_tune": True, "verbose": False, **options}
+    ours = lpips_fast.LPIPS(**common, weights=trunk_weights(net))
+    theirs = reference.LPIPS(**common, pnet_rand=True)
+    theirs.load_state_dict(ours.state_dict(), strict=True)
+    return ours.to(dtype), theirs.to(dtype)
+
+
+def image_pair(
+    batch: int, height: int, width: int, dtype: torch.dtype, seed: int
+) -> tuple[Tensor, Tensor]:
+    """An image of blurred noise and a distorted copy of it, in [-1, 1]."""
+    generator = torch.Generator().manual_seed(seed)
+    coarse = torch.rand(batch, 3, height // 8 + 1, width // 8 + 1, generator=generator)
+    smooth = torch.nn.functional.interpolate(coarse, size=(height, width), mode="bicubic")
+    image = (smooth * 2 - 1).clamp(-1, 1)
+    noise = 0.2 * torch.randn(image.shape, generator=generator)
+    return image.to(dtype), (image + noise).clamp(-1, 1).to(dtype)
+
+
+def compare(
+    reference: ModuleType,
+    net: str,
+    version: str,
+    mode: str,
+    dtype: torch.dtype,
+    batch: int = 2,
+    size: tuple[int, int] = (67, 83),
+    seed: int = 0,
+) -> Errors:
+    """Errors of one configuration: the value, every layer's part, and all gradients."""
+    in0, in1 = image_pair(batch, *size, dtype, seed)
+    outcomes = []
+    for model in models(reference, net, version, dtype, **MODES[mode]):
+        images = [x.clone().requires_grad_() for x in (in0, in1)]
+        value, layers = model(*images, retPerLayer=True)
+        names, parameters = zip(*model.named_parameters())
+        loss = (value * torch.linspace(0.5, 1.5, value.numel()).view_as(value).to(dtype)).sum()
+        grads = torch.autograd.grad(loss, [*images, *parameters])
+        outcomes.append(([value, *layers], grads[:2], dict(zip(names, grads[2:]))))
+    (values, images, weights), (ref_values, ref_images, ref_weights) = outcomes
+    assert [v.shape for v in values] == [v.shape for v in ref_values]
+    assert weights.keys() == ref_weights.keys()
+    spatial = "spatial" in mode
+    return Errors(
+        max(
+            relative(v, r) if spatial else ((v - r) / r).abs().max().item()
+            for v, r in zip(values, ref_values)
+        ),
+        max(map(relative, images, ref_images)),
+        max(relative(weights[k], ref_weights[k]) for k in weights),
+    )
+
+
+def table(reference: ModuleType) -> str:
+    lines = [
+        "| net | version | mode | float32: value | image gradients | weight gradients "
+        "| float64: value | image gradients | weight gradients |",
+        "|---|---|---|---|---|---|---|---|---|",
+    ]
+    for net, version, mode in itertools.product(NETS, VERSIONS, MODES):
+        cells = []
+        for dtype in (torch.float32, torch.float64):
+            cells += compare(reference, net, version, mode, dtype)
+        numbers = " | ".join(f"{x:.1e}" for x in cells)
+        lines.append(f"| {net} | {version} | {mode} | {numbers} |")
+    return "\n".join(lines)
+
+
+if __name__ == "__main__":
+    argparse.ArgumentParser(description=__doc__).parse_args()
+    from conftest import declare_torchvision_operators
+
+    declare_torchvision_operators()
+    import lpips
+
+    print(table(lpips))
