@@ -1,0 +1,57 @@
+"""LPIPS, several times faster: ``import lpips_fast as lpips`` and go on."""
+
+from . import functional
+from .compat import (
+    DSSIM,
+    L2,
+    BCERankingLoss,
+    Dist2LogitLayer,
+    FakeNet,
+    dssim,
+    im2tensor,
+    l2,
+    load_image,
+    np2tensor,
+    print_network,
+    psnr,
+    rgb2lab,
+    tensor2im,
+    tensor2np,
+    tensor2tensorlab,
+    tensor2vec,
+    tensorlab2tensor,
+    voc_ap,
+)
+from .composed import normalize_tensor
+from .lpips import LPIPS, NetLinLayer, ScalingLayer, spatial_average, upsample
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "DSSIM",
+    "L2",
+    "LPIPS",
+    "BCERankingLoss",
+    "Dist2LogitLayer",
+    "FakeNet",
+    "NetLinLayer",
+    "ScalingLayer",
+    "dssim",
+    "functional",
+    "im2tensor",
+    "l2",
+    "load_image",
+    "normalize_tensor",
+    "np2tensor",
+    "print_network",
+    "psnr",
+    "rgb2lab",
+    "spatial_average",
+    "tensor2im",
+    "tensor2np",
+    "tensor2tensorlab",
+    "tensor2vec",
+    "tensorlab2tensor",
+    "upsample",
+    "voc_ap",
+]
