@@ -1,0 +1,47 @@
+# make demo   the main job on example images, with all its set-up
+# make test   build and run all tests, with all their set-up
+#
+# Both work in .venv, which sees a torch that PYTHON already has and otherwise gets its own.
+
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+SOURCES := setup.py pyproject.toml $(shell find csrc -type f)
+
+.PHONY: demo test lint cuda-compile gpu-check parity clean
+
+demo: $(VENV)/.built
+	$(BIN)/python examples/demo.py
+
+test: $(VENV)/.built
+	$(BIN)/python -m pip install --quiet --no-deps -r tests/reference-requirements.txt
+	$(BIN)/pytest
+
+lint: $(VENV)/.built
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	$(BIN)/clang-format --dry-run --Werror $$(git ls-files 'csrc/*' 'tests/emulation/*' | grep -E '\.(h|cpp|cu|cuh)$$')
+
+cuda-compile: $(VENV)/.built
+	$(BIN)/python scripts/check_cuda_compile.py
+
+gpu-check: $(VENV)/.built
+	PYTHON=$(abspath $(BIN))/python bash scripts/gpu_check.sh
+
+parity: $(VENV)/.built
+	$(BIN)/python -m pip install --quiet --no-deps -r tests/reference-requirements.txt
+	$(BIN)/python tests/parity.py
+
+$(VENV)/.torch:
+	$(PYTHON) -m venv $$($(PYTHON) -c "import torch" 2>/dev/null && echo --system-site-packages) $(VENV)
+	$(BIN)/python scripts/install_torch.py
+	touch $@
+
+$(VENV)/.built: $(VENV)/.torch $(SOURCES)
+	$(BIN)/python -m pip install --quiet "setuptools>=77" wheel pybind11 ninja numpy
+	$(BIN)/python -m pip install --quiet --no-build-isolation --editable ".[dev]"
+	touch $@
+
+clean:
+	rm -rf $(VENV) build demo_output *.egg-info lpips_fast/*.so

@@ -1,0 +1,85 @@
+"""The main job on three example images: distances, and distance maps as pictures.
+
+The reference is compared with a blurred copy (p0) and a warped copy (p1). Pixel by pixel the blur
+is nearer; people, and LPIPS, find the warp nearer. The maps show where.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+from pathlib import Path
+
+import torch
+
+import lpips_fast
+from lpips_fast.heatmap import save_heatmap, save_map_numbers
+from lpips_fast.images import read_image
+from lpips_fast.weights import WeightsError, WeightsNotFoundError
+
+HERE = Path(__file__).resolve().parent
+RANDOM = "The trunk is random: no ImageNet weights could be had. These figures are NOT LPIPS."
+
+
+def load_model(net: str, weights: Path | None) -> tuple[lpips_fast.LPIPS, bool]:
+    """LPIPS with real trunk weights wherever they can be had; else a random trunk, and False."""
+    beside = HERE.parents[1] / "shared" / "weights"
+    if weights is None and "LPIPS_FAST_WEIGHTS" not in os.environ and beside.is_dir():
+        os.environ["LPIPS_FAST_WEIGHTS"] = str(beside)
+    try:
+        return lpips_fast.LPIPS(net=net, weights=weights, verbose=False), True
+    except WeightsNotFoundError as error:
+        if weights is not None:
+            raise
+        print(f"{RANDOM}\n({error})\n")
+        torch.manual_seed(0)
+        return lpips_fast.LPIPS(net=net, pnet_rand=True, verbose=False), False
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--net", default="alex", choices=["alex", "vgg", "squeeze"])
+    parser.add_argument("--weights", type=Path, help="a file or folder with the trunk's weights")
+    parser.add_argument("--output", type=Path, default=Path("demo_output"))
+    options = parser.parse_args()
+
+    try:
+        model, is_real = load_model(options.net, options.weights)
+    except WeightsError as error:
+        parser.exit(1, f"{error}\n")
+    images = {name: read_image(HERE / "images" / f"ex_{name}.png") for name in ("ref", "p0", "p1")}
+    distortions = {"p0": "blurred", "p1": "warped"}
+    options.output.mkdir(parents=True, exist_ok=True)
+
+    distances, maps = {}, {}
+    with torch.no_grad():
+        for name in distortions:
+            model.spatial = False
+            distances[name] = model(images["ref"], images[name]).item()
+            model.spatial = True
+            maps[name] = model(images["ref"], images[name])
+
+    brightest = max(m.max().item() for m in maps.values())
+    print(f"{'reference against':<20}{'RMSE of pixels':>16}{'LPIPS ' + options.net:>16}   map")
+    for name, distortion in distortions.items():
+        pixels = (images["ref"] - images[name]).square().mean().sqrt().item()
+        picture = save_heatmap(
+            maps[name],
+            options.output / f"ref_{name}.png",
+            title=f"Where {name}, the {distortion} copy, differs from the reference",
+            label=f"{options.net}, version 0.1" if is_real else "RANDOM trunk, not LPIPS",
+            distance=distances[name],
+            image0=images["ref"],
+            image1=images[name],
+            names=("reference", f"{name} ({distortion})"),
+            vmax=brightest,
+        )
+        save_map_numbers(maps[name], picture.with_suffix(".npy"))
+        row = f"{name} ({distortion})"
+        print(f"{row:<20}{pixels:>16.4f}{distances[name]:>16.6f}   {picture}")
+    if not is_real:
+        print(f"\n{RANDOM}")
+
+
+if __name__ == "__main__":
+    main()
