@@ -23,6 +23,7 @@ from .compat import (
     voc_ap,
 )
 from .composed import normalize_tensor
+from .features import Features
 from .lpips import LPIPS, NetLinLayer, ScalingLayer, spatial_average, upsample
 
 __version__ = "0.1.0"
@@ -34,6 +35,7 @@ __all__ = [
     "BCERankingLoss",
     "Dist2LogitLayer",
     "FakeNet",
+    "Features",
     "NetLinLayer",
     "ScalingLayer",
     "dssim",

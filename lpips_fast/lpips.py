@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import functools
 import os
-import warnings
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
@@ -14,11 +13,17 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from . import functional
+from .features import Features
+from .inputs import as_rgb_batch, check_same_size, common_batch, warn_of_values
 from .trunk import Trunk, minimum_size, tap_channels, trunk_spec
 from .weights import WeightsError, load_lin_weights, load_trunk_weights, read_state_dict
 
 VERSIONS = ("0.0", "0.1")
 REDUCTIONS = ("none", "mean", "sum")
+
+# Elements of an image batch from which taps are compared one by one, each in a call of its own;
+# below, memory is no concern and one call for all layers is faster.
+_STREAMED_FROM = 3 * 512 * 512
 
 
 def spatial_average(in_tens: Tensor, keepdim: bool = True) -> Tensor:
@@ -93,6 +98,11 @@ class LPIPS(nn.Module):
             ``'sum'`` return one number, ready to be a loss.
         check_inputs: look at the values of every input and warn of NaN, infinity, and values
             outside the range that ``normalize`` implies. It costs a synchronisation on GPUs.
+        dtype: run the trunk in ``torch.bfloat16`` or ``torch.float16``, on images of any floating
+            dtype; scaling, distances and their sums stay float32.
+        max_batch: without a graph, look at no more than so many pairs at a time. Where memory runs
+            out on a device that can say so, batches are halved anyway.
+        checkpoint: keep only the taps for backward and recompute what lies between them.
 
     >>> model = LPIPS(net="alex", pnet_rand=True, verbose=False)
     >>> image = torch.rand(2, 3, 64, 64) * 2 - 1
@@ -117,6 +127,9 @@ class LPIPS(nn.Module):
         weights: str | os.PathLike[str] | Mapping[str, Tensor] | None = None,
         reduction: Literal["none", "mean", "sum"] = "none",
         check_inputs: bool = False,
+        dtype: torch.dtype | None = None,
+        max_batch: int | None = None,
+        checkpoint: bool = False,
     ) -> None:
         super().__init__()
         if version not in VERSIONS:
@@ -125,6 +138,8 @@ class LPIPS(nn.Module):
             raise ValueError(
                 f"unknown reduction {reduction!r}; expected one of {', '.join(REDUCTIONS)}"
             )
+        if max_batch is not None and max_batch < 1:
+            raise ValueError(f"max_batch must be at least 1, got {max_batch}")
         trunk_name = "vgg" if net == "vgg16" else net
         trunk_spec(trunk_name)  # an unknown net is told before anything is printed or loaded
         if verbose:
@@ -140,6 +155,9 @@ class LPIPS(nn.Module):
         self.version = version
         self.reduction = reduction
         self.check_inputs = check_inputs
+        self.dtype = dtype
+        self.max_batch = max_batch
+        self.checkpoint = checkpoint
         self.scaling_layer = ScalingLayer()
         self.chns = tap_channels(trunk_name)
         self.L = len(self.chns)
@@ -155,6 +173,8 @@ class LPIPS(nn.Module):
             self.register_load_state_dict_pre_hook(_rename_lin_weights)
             if pretrained:
                 self._load_lin_weights(trunk_name, model_path, verbose)
+        if dtype is not None:
+            self.net.to(dtype)
         if eval_mode:
             self.eval()
 
@@ -177,124 +197,136 @@ class LPIPS(nn.Module):
                 f"(missing {without[0]!r}); expected keys like 'lin0.model.1.weight'"
             )
 
-    # ------------------------------------------------------------------------------- images
-
-    def _check_pair(self, in0: Tensor, in1: Tensor) -> tuple[Tensor, Tensor]:
-        """The two images as (N, 3, H, W) of one dtype, or an error that says what is wrong."""
-        parameter = next(self.net.parameters())
-        autocast = torch.is_autocast_enabled(parameter.device.type)
-        images = []
-        for name, image in (("in0", in0), ("in1", in1)):
-            if not isinstance(image, Tensor):
-                raise TypeError(
-                    f"{name} must be a torch.Tensor of shape (N, 3, H, W), got "
-                    f"{type(image).__name__}; lpips_fast.im2tensor converts an RGB array"
-                )
-            if not image.is_floating_point():
-                raise TypeError(
-                    f"{name} is {image.dtype}, expected floating point in [-1, 1]; "
-                    "convert 8-bit images with x.float() / 127.5 - 1"
-                )
-            if image.device != parameter.device:
-                raise ValueError(
-                    f"{name} is on {image.device} but the model is on {parameter.device}; "
-                    "move one of them with .to()"
-                )
-            if image.dim() not in (3, 4) or image.shape[-3] not in (1, 3):
-                raise ValueError(
-                    f"{name} has shape {tuple(image.shape)}, expected (N, 3, H, W), RGB, or "
-                    "(N, 1, H, W), grayscale; composite or drop an alpha channel first"
-                )
-            if autocast:
-                image = image.float()
-            elif image.dtype != parameter.dtype:
-                raise TypeError(
-                    f"{name} is {image.dtype} but the model is {parameter.dtype}; "
-                    "convert one of them with .to(), or use torch.autocast"
-                )
-            if image.dim() == 3:
-                image = image.unsqueeze(0)
-            images.append(image.expand(-1, 3, -1, -1))
-        in0, in1 = images
-        sizes_match = in0.shape[2:] == in1.shape[2:]
-        if not sizes_match or (in0.shape[0] != in1.shape[0] and 1 not in (len(in0), len(in1))):
-            raise ValueError(
-                f"the two images differ in shape, {tuple(in0.shape)} and {tuple(in1.shape)}; "
-                "sizes must match, and batch sizes must match unless one is 1"
-            )
-        if min(in0.shape[2:]) < self.minimum_size:
-            raise ValueError(
-                f"images of {in0.shape[2]}x{in0.shape[3]} pixels are too small for trunk "
-                f"{self.pnet_type!r}: it needs at least {self.minimum_size}x{self.minimum_size}; "
-                "resize or pad them"
-            )
-        return in0, in1
-
-    def _warn_of_values(self, name: str, image: Tensor, normalize: bool) -> None:
-        if image.numel() == 0:
-            return
-        bad = (~torch.isfinite(image)).sum().item()
-        if bad:
-            warnings.warn(f"{name} holds {bad} NaN or infinite values", stacklevel=5)
-            return
-        low, high = image.min().item(), image.max().item()
-        expected = (0.0, 1.0) if normalize else (-1.0, 1.0)
-        span = f"{name} has values from {low:.4g} to {high:.4g}, expected "
-        if low < expected[0] - 0.01 or high > expected[1] + 0.01:
-            hint = "; 8-bit images are taken there by x / 127.5 - 1" if high > 2 else ""
-            warnings.warn(
-                f"{span}[{expected[0]:g}, {expected[1]:g}] with normalize={normalize}{hint}",
-                stacklevel=5,
-            )
-        elif not normalize and low >= 0 and high > 0:
-            warnings.warn(
-                f"{span}[-1, 1]: if it is an image in [0, 1], pass normalize=True", stacklevel=5
-            )
-
     # ----------------------------------------------------------------------------- features
 
-    def _features(self, image: Tensor) -> tuple[Tensor, ...]:
-        # The first release fed images to the trunk unscaled; 0.0 keeps its numbers.
-        return self.net(self.scaling_layer(image) if self.version == "0.1" else image)
+    def _image(self, name: str, image: Tensor, normalize: bool) -> Tensor:
+        """An argument as an image that the scaling layer takes, or an error that says why not."""
+        image = as_rgb_batch(
+            name,
+            image,
+            like=self.scaling_layer.shift,
+            convert=self.dtype is not None,
+            minimum_size=self.minimum_size,
+            trunk=self.pnet_type,
+        )
+        if self.check_inputs:
+            warn_of_values(name, image, normalize)
+        return 2 * image - 1 if normalize else image
 
-    def _features_of_pair(
-        self, in0: Tensor, in1: Tensor
-    ) -> tuple[tuple[Tensor, ...], tuple[Tensor, ...]]:
-        """Taps of both images: in one pass, unless only one of them needs a graph."""
-        learns = any(p.requires_grad for p in self.net.parameters())
-        grad0, grad1 = ((learns or x.requires_grad) and torch.is_grad_enabled() for x in (in0, in1))
-        if grad0 != grad1:
-            with torch.no_grad():
-                target = self._features(in1 if grad0 else in0)
-            moving = self._features(in0 if grad0 else in1)
-            return (moving, target) if grad0 else (target, moving)
-        split = [len(in0), len(in1)]
-        taps = [tap.split(split) for tap in self._features(torch.cat((in0, in1)))]
-        return tuple(t[0] for t in taps), tuple(t[1] for t in taps)
+    def _taps(self, image: Tensor) -> Iterator[Tensor]:
+        # The first release fed images to the trunk unscaled; 0.0 keeps its numbers.
+        scaled = self.scaling_layer(image) if self.version == "0.1" else image
+        return self.net.taps(scaled.to(self.dtype or scaled.dtype), self.checkpoint)
+
+    def _needs_graph(self, image: Tensor | Features) -> bool:
+        if not torch.is_grad_enabled():
+            return False
+        if isinstance(image, Features):
+            return any(tap.requires_grad for tap in image.taps)
+        return image.requires_grad or any(p.requires_grad for p in self.net.parameters())
+
+    def _encode(self, image: Tensor) -> Features:
+        return Features(tuple(self._taps(image)), _size(image))
+
+    def encode(self, images: Tensor, normalize: bool = False) -> Features:
+        """Features of images, for :meth:`distance` or as an argument of :meth:`forward`.
+
+        A fixed target is encoded once and compared as often as wanted; detach it, or encode it
+        under ``torch.no_grad()``, unless its gradient is wanted.
+
+        Args:
+            images: as in :meth:`forward`.
+            normalize: images are in [0, 1].
+
+        >>> model = LPIPS(pnet_rand=True, verbose=False)
+        >>> target = model.encode(torch.zeros(1, 3, 64, 64))
+        >>> model(torch.zeros(1, 3, 64, 64), target).item()
+        0.0
+        """
+        return self._encode(self._image("images", images, normalize))
 
     # ----------------------------------------------------------------------------- distance
 
-    def _layer_maps(self, feats0: list[Tensor], feats1: list[Tensor]) -> list[Tensor]:
-        if self.lpips and any(lin.drops for lin in self.lins):  # type: ignore[union-attr]
-            return [
-                lin((functional.normalize_tensor(a) - functional.normalize_tensor(b)) ** 2)
-                for lin, a, b in zip(self.lins, feats0, feats1)
-            ]
-        return functional.distance_map(feats0, feats1, self._lin_weights())
+    def _lin(self, layer: int) -> NetLinLayer:
+        return getattr(self, f"lin{layer}")
 
-    def _lin_weights(self) -> list[Tensor] | None:
-        return [lin.weight for lin in self.lins] if self.lpips else None  # type: ignore[misc]
+    def _drops(self) -> bool:
+        return self.lpips and any(self._lin(k).drops for k in range(self.L))
 
     def _per_layer(
-        self, feats0: list[Tensor], feats1: list[Tensor], size: tuple[int, int]
+        self,
+        taps0: Sequence[Tensor],
+        taps1: Sequence[Tensor],
+        size: tuple[int, int],
+        first_layer: int = 0,
     ) -> list[Tensor]:
         """One tensor a layer: (N, 1, 1, 1), or (N, 1, H, W) for ``spatial``."""
-        if self.spatial:
-            return [upsample(m, size) for m in self._layer_maps(feats0, feats1)]
-        if self.lpips and any(lin.drops for lin in self.lins):  # type: ignore[union-attr]
-            return [spatial_average(m) for m in self._layer_maps(feats0, feats1)]
-        distances = functional.distance(feats0, feats1, self._lin_weights())
-        return [d.view(-1, 1, 1, 1) for d in distances.unbind(dim=1)]
+        lins = [self._lin(first_layer + k) for k in range(len(taps0))] if self.lpips else []
+        if self._drops():
+            maps = [
+                lin((functional.normalize_tensor(a) - functional.normalize_tensor(b)) ** 2)
+                for lin, a, b in zip(lins, taps0, taps1)
+            ]
+            if not self.spatial:
+                return [spatial_average(m) for m in maps]
+        else:
+            weights = [lin.weight for lin in lins] if self.lpips else None
+            if not self.spatial:
+                distances = functional.distance(taps0, taps1, weights)
+                return [d.view(-1, 1, 1, 1) for d in distances.unbind(dim=1)]
+            maps = functional.distance_map(taps0, taps1, weights)
+        return [upsample(m, size) for m in maps]
+
+    def _layers_in_one_pass(self, in0: Tensor, in1: Tensor) -> list[Tensor]:
+        """Every layer's distance of two images that both need a graph, or both none."""
+        split = [len(in0), len(in1)]
+        size = _size(in0)
+        taps = self._taps(torch.cat((in0, in1)))
+        if self._needs_graph(in0) or in0.numel() < _STREAMED_FROM or torch.compiler.is_compiling():
+            pairs = [_broadcast(*tap.split(split)) for tap in taps]
+            return self._per_layer([a for a, _ in pairs], [b for _, b in pairs], size)
+        # A tap is consumed as soon as it exists, and its memory goes back.
+        layers = []
+        for k, tap in enumerate(taps):
+            a, b = _broadcast(*tap.split(split))
+            layers += self._per_layer([a], [b], size, first_layer=k)
+        return layers
+
+    def _layers_of_features(self, features0: Features, features1: Features) -> list[Tensor]:
+        check_same_size(features0.image_size, features1.image_size)
+        pairs = [_broadcast(a, b) for a, b in zip(features0.taps, features1.taps, strict=True)]
+        taps0, taps1 = [a for a, _ in pairs], [b for _, b in pairs]
+        return self._per_layer(taps0, taps1, features0.image_size)
+
+    def _layers(self, in0: Tensor | Features, in1: Tensor | Features) -> list[Tensor]:
+        graphs = [self._needs_graph(x) for x in (in0, in1)]
+        if isinstance(in0, Tensor) and isinstance(in1, Tensor):
+            check_same_size(_size(in0), _size(in1))
+            if graphs[0] == graphs[1]:
+                return self._layers_in_one_pass(in0, in1)
+        features = []
+        for image, needs_graph in zip((in0, in1), graphs):
+            with torch.set_grad_enabled(needs_graph):
+                features.append(image if isinstance(image, Features) else self._encode(image))
+        return self._layers_of_features(*features)
+
+    def _chunked_layers(self, in0: Tensor | Features, in1: Tensor | Features) -> list[Tensor]:
+        """:meth:`_layers`, at most ``max_batch`` pairs at a time where no graph is kept."""
+        batch = common_batch(len(in0), len(in1))
+        limit = self.max_batch or batch
+        if batch <= limit or torch.is_grad_enabled():
+            try:
+                return self._layers(in0, in1)
+            except torch.OutOfMemoryError:
+                if torch.is_grad_enabled() or batch < 2:
+                    raise
+                limit = (batch + 1) // 2
+        parts = []
+        for first in range(0, batch, limit):
+            part = slice(first, first + limit)
+            pair = [x if len(x) == 1 and batch > 1 else x[part] for x in (in0, in1)]
+            parts.append(self._chunked_layers(*pair))
+        return [torch.cat(layer) for layer in zip(*parts)]
 
     def _reduce(self, value: Tensor) -> Tensor:
         if self.reduction == "mean":
@@ -302,14 +334,19 @@ class LPIPS(nn.Module):
         return value.sum() if self.reduction == "sum" else value
 
     def forward(
-        self, in0: Tensor, in1: Tensor, retPerLayer: bool = False, normalize: bool = False
+        self,
+        in0: Tensor | Features,
+        in1: Tensor | Features,
+        retPerLayer: bool = False,
+        normalize: bool = False,
     ) -> Any:
         """Distance between two images, or two batches of images.
 
         Args:
             in0, in1: (N, 3, H, W) RGB in [-1, 1]; (N, 1, H, W) is taken for gray, (3, H, W) for a
                 batch of one, and a batch of one is compared with every image of the other. Height
-                and width are at least :attr:`minimum_size`.
+                and width are at least :attr:`minimum_size`. Either may be :class:`Features`, as
+                :meth:`encode` returns them, at no cost but the comparison.
             retPerLayer: also return the list of each layer's part, whose sum is the distance.
             normalize: images are in [0, 1].
 
@@ -321,22 +358,27 @@ class LPIPS(nn.Module):
             ValueError: shapes or devices that do not fit, or images too small for the trunk.
             TypeError: integers, or dtypes that differ from each other or from the model's.
         """
-        pair = self._check_pair(in0, in1)
-        if self.check_inputs:
-            for name, image in zip(("in0", "in1"), pair):
-                self._warn_of_values(name, image, normalize)
-        if normalize:
-            pair = (2 * pair[0] - 1, 2 * pair[1] - 1)
-        feats0, feats1 = self._features_of_pair(*pair)
-        if len(pair[0]) != len(pair[1]):
-            batch = max(len(pair[0]), len(pair[1])) if 0 not in map(len, pair) else 0
-            feats0, feats1 = (
-                tuple(f.expand(batch, -1, -1, -1) for f in feats) for feats in (feats0, feats1)
-            )
-        size = (pair[0].shape[2], pair[0].shape[3])
-        layers = self._per_layer(list(feats0), list(feats1), size)
+        pair = [
+            x if isinstance(x, Features) else self._image(name, x, normalize)
+            for name, x in (("in0", in0), ("in1", in1))
+        ]
+        layers = self._chunked_layers(*pair)
         value = self._reduce(functools.reduce(torch.add, layers))
         return (value, [self._reduce(layer) for layer in layers]) if retPerLayer else value
+
+    def distance(self, features0: Features, features1: Features, retPerLayer: bool = False) -> Any:
+        """:meth:`forward` on features that :meth:`encode` returned."""
+        return self(features0, features1, retPerLayer)
+
+
+def _size(image: Tensor) -> tuple[int, int]:
+    return image.shape[2], image.shape[3]
+
+
+def _broadcast(tap0: Tensor, tap1: Tensor) -> tuple[Tensor, Tensor]:
+    """Both for the common batch; one image stands for all without a copy."""
+    batch = common_batch(len(tap0), len(tap1))
+    return tap0.expand(batch, -1, -1, -1), tap1.expand(batch, -1, -1, -1)
 
 
 def _unwrapped(checkpoint: Any, path: str | os.PathLike[str]) -> dict[str, Tensor]:
@@ -368,7 +410,8 @@ def _rename_lin_weights(
     """
     assert isinstance(module, LPIPS)
     found, absent = 0, []
-    for k, lin in enumerate(module.lins):
+    for k in range(module.L):
+        lin = module._lin(k)
         aliases = [
             f"{prefix}{group}.model.{index}.weight"
             for group in (f"lin{k}", f"lins.{k}")

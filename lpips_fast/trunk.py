@@ -10,11 +10,12 @@ from __future__ import annotations
 
 import itertools
 from collections import namedtuple
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import torch
+import torch.utils.checkpoint
 from torch import Tensor, nn
 
 
@@ -203,6 +204,22 @@ class Trunk(nn.Module):
             renamed[f"{slice_of[index]}.{key.removeprefix('features.')}"] = value
         self.load_state_dict(renamed)
 
+    def taps(self, x: Tensor, checkpoint: bool = False) -> Iterator[Tensor]:
+        """The taps of scaled images (N, 3, H, W) one after the other.
+
+        A tap that the caller lets go of is kept no longer than the next slice needs it.
+
+        Args:
+            checkpoint: keep only the taps for backward, and recompute what lies between them.
+        """
+        x = x.contiguous(memory_format=torch.channels_last)
+        for block in self.slices():
+            if checkpoint and torch.is_grad_enabled():
+                x = torch.utils.checkpoint.checkpoint(block, x, use_reentrant=False)
+            else:
+                x = block(x)
+            yield x
+
     def forward(self, x: Tensor) -> tuple[Tensor, ...]:
         """Taps of scaled images.
 
@@ -212,12 +229,7 @@ class Trunk(nn.Module):
         Returns:
             A named tuple, one tensor (N, C_l, H_l, W_l) per tap.
         """
-        taps = []
-        x = x.contiguous(memory_format=torch.channels_last)
-        for block in self.slices():
-            x = block(x)
-            taps.append(x)
-        return self._outputs(*taps)
+        return self._outputs(*self.taps(x))
 
 
 def _restore_trunk(cls: type[Trunk], state: dict[str, Any]) -> Trunk:

@@ -229,7 +229,7 @@ class TestGradients:
     def test_a_target_without_gradient_has_no_graph(self, model, pair):
         a, b = pair
         seen = []
-        model.net.register_forward_hook(lambda m, args, out: seen.append(out[0].requires_grad))
+        model.net.slice1.register_forward_hook(lambda m, args, out: seen.append(out.requires_grad))
         x = a.clone().requires_grad_()
         model(x, b).sum().backward()
         assert sorted(seen) == [False, True]
@@ -267,6 +267,125 @@ class TestGradients:
         assert torch.equal(model(*pair), model(*pair))
 
 
+class TestFeatures:
+    """Encode once, compare often: the same bits as the plain call."""
+
+    @pytest.mark.parametrize("spatial", [False, True])
+    def test_encoded_target(self, model, pair, spatial):
+        model.spatial = spatial
+        x, y = (pair[0].clone().requires_grad_() for _ in range(2))
+        with torch.no_grad():
+            target = model.encode(pair[1])
+        plain, encoded = model(x, pair[1]), model(y, target)
+        assert torch.equal(plain, encoded)
+        plain.sum().backward()
+        encoded.sum().backward()
+        assert torch.equal(x.grad, y.grad)
+
+    def test_both_encoded(self, model, pair):
+        a, b = (model.encode(x) for x in pair)
+        value, layers = model.distance(a, b, retPerLayer=True)
+        expected, expected_layers = model(*pair, retPerLayer=True)
+        assert torch.equal(value, expected)
+        assert all(torch.equal(x, y) for x, y in zip(layers, expected_layers))
+
+    def test_images_in_0_1(self, model, pair):
+        a, b = (x / 2 + 0.5 for x in pair)
+        target = model.encode(b, normalize=True)
+        assert torch.equal(model(a, target, normalize=True), model(a, b, normalize=True))
+
+    def test_slices_and_conversions(self, model, pair):
+        features = model.encode(pair[0])
+        assert len(features) == 2 and len(features[1:]) == 1
+        assert torch.equal(model(pair[1][1:], features[1:]), model(pair[1], features)[1:])
+        assert torch.equal(model(pair[1], features[:1]), model(pair[1], pair[0][:1]))
+        assert features.to(torch.float64).taps[0].dtype == torch.float64
+        assert features.nbytes() == sum(tap.nbytes for tap in features.taps)
+        with pytest.raises(TypeError, match=r"\[1:2\]"):
+            features[1]
+
+    def test_sizes_that_differ(self, model, pair):
+        features = model.encode(pair[0][..., :40])
+        with pytest.raises(ValueError, match=r"differ in size, 48x56 and 48x40"):
+            model(pair[1], features)
+
+    def test_gradient_through_both(self, model, pair):
+        x, y = (image.clone().requires_grad_() for image in pair)
+        model(model.encode(x), model.encode(y)).sum().backward()
+        grads = x.grad.clone(), y.grad.clone()
+        x.grad = y.grad = None
+        model(x, y).sum().backward()
+        for grad, expected in zip(grads, (x.grad, y.grad)):
+            assert (grad - expected).norm() / expected.norm() < 1e-4
+
+
+class TestMemory:
+    def test_streamed_taps_give_the_same_numbers(self, model, pair, monkeypatch):
+        with torch.no_grad():
+            expected, layers = model(*pair, retPerLayer=True)
+            monkeypatch.setattr("lpips_fast.lpips._STREAMED_FROM", 0)
+            streamed, streamed_layers = model(*pair, retPerLayer=True)
+        assert torch.equal(streamed, expected)
+        assert all(torch.equal(a, b) for a, b in zip(streamed_layers, layers))
+
+    @pytest.mark.parametrize("max_batch", [1, 2, 4, 5, 9])
+    def test_max_batch(self, alex_weights, max_batch):
+        a, b = image_pair(5, 40, 40, torch.float32, seed=3)
+        plain = lpips_fast.LPIPS(weights=alex_weights, verbose=False)
+        chunked = lpips_fast.LPIPS(weights=alex_weights, max_batch=max_batch, verbose=False)
+        with torch.no_grad():
+            for in0, in1 in ((a, b), (a[:1], b), (a, plain.encode(b)), (a[:0], b[:0])):
+                value, layers = chunked(in0, in1, retPerLayer=True)
+                expected = plain(in0, in1)
+                torch.testing.assert_close(value, expected, rtol=2e-6, atol=0)
+                assert layers[0].shape == expected.shape
+
+    def test_max_batch_must_be_positive(self):
+        with pytest.raises(ValueError, match="max_batch must be at least 1, got 0"):
+            lpips_fast.LPIPS(max_batch=0)
+
+    def test_halves_the_batch_when_memory_runs_out(self, model, monkeypatch):
+        a, b = image_pair(5, 40, 40, torch.float32, seed=3)
+        with torch.no_grad():
+            expected = model(a, b)
+            inner, seen = model._layers, []
+
+            def small_memory(in0, in1):
+                seen.append(len(in0))
+                if len(in0) > 2:
+                    raise torch.OutOfMemoryError
+                return inner(in0, in1)
+
+            monkeypatch.setattr(model, "_layers", small_memory)
+            torch.testing.assert_close(model(a, b), expected, rtol=2e-6, atol=0)
+        assert max(seen) == 5
+        with pytest.raises(torch.OutOfMemoryError):
+            model(a, b)  # with a graph, the batch is the user's to choose
+
+    def test_checkpoint(self, alex_weights, pair):
+        model = lpips_fast.LPIPS(weights=alex_weights, checkpoint=True, verbose=False)
+        plain = lpips_fast.LPIPS(weights=alex_weights, verbose=False)
+        x, y = (pair[0].clone().requires_grad_() for _ in range(2))
+        result, expected = model(x, pair[1]), plain(y, pair[1])
+        assert torch.equal(result, expected)
+        result.sum().backward()
+        expected.sum().backward()
+        assert torch.equal(x.grad, y.grad)
+
+
+class TestPrecision:
+    @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+    def test_reduced_precision_trunk(self, alex_weights, pair, dtype):
+        model = lpips_fast.LPIPS(weights=alex_weights, dtype=dtype, verbose=False)
+        expected = lpips_fast.LPIPS(weights=alex_weights, verbose=False)(*pair)
+        result = model(pair[0], pair[1].to(dtype))  # images of any floating dtype
+        assert result.dtype == torch.float32
+        torch.testing.assert_close(result, expected, rtol=0.05, atol=0)
+        x = pair[0].clone().requires_grad_()
+        model(x, pair[1]).sum().backward()
+        assert x.grad.dtype == torch.float32 and x.grad.isfinite().all()
+
+
 class TestCompile:
     @pytest.mark.parametrize("spatial", [False, True])
     def test_one_graph_forward_and_backward(self, alex_weights, pair, spatial):
@@ -290,8 +409,8 @@ class TestRefusals:
     @pytest.mark.parametrize(
         ("in0", "in1", "error", "message"),
         [
-            ((2, 3, 64, 64), (2, 3, 64, 65), ValueError, r"differ in shape.*64, 64.*64, 65"),
-            ((2, 3, 64, 64), (3, 3, 64, 64), ValueError, r"batch sizes must match unless one is 1"),
+            ((2, 3, 64, 64), (2, 3, 64, 65), ValueError, r"differ in size, 64x64 and 64x65"),
+            ((2, 3, 64, 64), (3, 3, 64, 64), ValueError, r"2 and 3 images.*must match"),
             (
                 (2, 4, 64, 64),
                 (2, 4, 64, 64),
@@ -300,7 +419,7 @@ class TestRefusals:
             ),
             ((64, 64), (64, 64), ValueError, r"shape \(64, 64\), expected \(N, 3, H, W\)"),
             ((1, 1, 3, 64, 64), (1, 1, 3, 64, 64), ValueError, r"expected \(N, 3, H, W\)"),
-            ((1, 3, 30, 64), (1, 3, 30, 64), ValueError, r"30x64 pixels are too small.*31x31"),
+            ((1, 3, 30, 64), (1, 3, 30, 64), ValueError, r"30x64 pixels is too small.*31x31"),
         ],
     )
     def test_shapes(self, model, in0, in1, error, message):
