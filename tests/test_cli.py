@@ -159,13 +159,13 @@ def test_json_is_the_models_number(run: Any, images: tuple[str, str]) -> None:
 def test_nothing_but_json_on_standard_output(
     run: Any, images: tuple[str, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    load_model = cli._load_model
+    load_model = cli.pair.load_model
 
     def noisy(options: Any) -> Any:
         print("a library that prints")
         return load_model(options)
 
-    monkeypatch.setattr(cli, "_load_model", noisy)
+    monkeypatch.setattr(cli.pair, "load_model", noisy)
     code, out, err = run(*images, RANDOM, "--json", "--map", str(tmp_path / "map.png"))
     assert code == 0
     json.loads(out)
@@ -335,7 +335,7 @@ def test_an_unforeseen_error_says_so(
     def broken(*arguments: Any, **options: Any) -> None:
         raise TypeError("no such\nthing")
 
-    monkeypatch.setattr(cli, "read_image", broken)
+    monkeypatch.setattr(cli.pair, "read_image", broken)
     assert_failed(run(*images), "TypeError: no such thing (this is a bug; --debug shows where)")
 
 
@@ -345,7 +345,7 @@ def test_an_interrupt_ends_quietly(
     def interrupted(*arguments: Any, **options: Any) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(cli, "read_image", interrupted)
+    monkeypatch.setattr(cli.pair, "read_image", interrupted)
     assert run(*images) == (130, "", "")
 
 

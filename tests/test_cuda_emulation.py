@@ -32,6 +32,9 @@ AVERAGE, MAP, BACKWARD = 0, 1, 2
 THREAD_ORDERS = [0, 1, 2]  # ascending, descending, shuffled
 EPS = 1e-10
 
+# Fresh inputs every run; a failing test prints the seed that it drew.
+SEEDS = random.Random()
+
 # Half features are exact in float64, so distances err by float32 sums alone; gradients are rounded
 # to their own dtype.
 DISTANCE_ERROR = {torch.float64: 1e-13}
@@ -233,6 +236,12 @@ def emulator(library: Emulator) -> Iterator[Emulator]:
 # ---------------------------------------------------------------------------- inputs, reference
 
 
+def fresh_seed() -> int:
+    seed = SEEDS.randrange(2**31)
+    print(f"seed {seed}")
+    return seed
+
+
 def make_features(shape, dtype, seed: int) -> tuple[Tensor, Tensor, Tensor]:
     """Features like a ReLU's, with zero vectors and positions where both images agree; a weight."""
     generator = torch.Generator().manual_seed(seed)
@@ -241,7 +250,7 @@ def make_features(shape, dtype, seed: int) -> tuple[Tensor, Tensor, Tensor]:
     n, _, h, w = shape
     kind = torch.randint(0, 12, (n, 1, h, w), generator=generator)
     a = torch.where(kind == 0, 0, a)
-    b = torch.where((kind == 1) | ((kind == 0) & (torch.rand(kind.shape) < 0.5)), 0, b)
+    b = torch.where((kind == 1) | ((kind == 0) & (torch.rand(kind.shape, generator=generator) < 0.5)), 0, b)
     b = torch.where(kind == 2, a, b)
     weight = torch.randn(shape[1], generator=generator).to(composed.accumulator_dtype(dtype))
     return a.to(dtype), b.to(dtype), weight
@@ -263,16 +272,17 @@ def maps(feats0, feats1, weights) -> list[Tensor]:
     return [composed.distance_map(a, b, w) for a, b, w in zip(feats0, feats1, weights)]
 
 
-def relative_error(actual: Tensor, expected: Tensor) -> float:
-    """Norm of the error over the norm of the reference; NaN if anything is."""
+def relative_error(actual: Tensor, expected: Tensor, scale: Tensor | None = None) -> float:
+    """Norm of the error over the norm of the reference or of a given scale; NaN if anything is."""
     error = (actual.double() - expected).norm()
-    scale = expected.norm()
-    return float(error / scale) if scale > 0 else float(error)
+    norm = (expected if scale is None else scale).norm()
+    return float(error / norm) if norm > 0 else float(error)
 
 
-def without_zero_vectors(grad: Tensor, feat: Tensor) -> Tensor:
-    # On a zero vector the gradient is t/eps, many orders beyond all others.
-    return grad.double() * (feat.double().norm(dim=1, keepdim=True) > 0)
+def gradient_scale(grad: Tensor, a: Tensor, b: Tensor, w: Tensor) -> Tensor:
+    """|t| / |a|: the gradient before the part along the vector is taken off, which may be all."""
+    t = 2 * grad * w.view(1, -1, 1, 1) * (composed.normalize_tensor(a) - composed.normalize_tensor(b))
+    return t / (a.norm(dim=1, keepdim=True) + EPS)
 
 
 def check_all(emulator: Emulator, feats0, feats1, weights, seed: int) -> None:
@@ -306,34 +316,448 @@ def check_all(emulator: Emulator, feats0, feats1, weights, seed: int) -> None:
             feats1,
             weights,
         )
-        for feats, got, wanted in zip((feats0, feats1), actual, expected_grads):
-            for feat, x, y in zip(feats, got, wanted):
-                assert x.stride(1) == (1 if feats0[0].stride(1) == 1 else x.stride(1))
+        for side, (feats, others) in enumerate([(exact[0], exact[1]), (exact[1], exact[0])]):
+            for layer, (feat, other, w) in enumerate(zip(feats, others, exact[2])):
+                x, y = actual[side][layer], expected_grads[side][layer]
                 assert bool(x.isfinite().all())
                 limit = 65504 if dtype == torch.float16 else float("inf")
-                zero = (feat.double().norm(dim=1, keepdim=True) == 0).expand_as(x)
-                assert relative_error(
-                    x.double()[zero], y.clamp(-limit, limit)[zero]
-                ) < max(GRADIENT_ERROR[dtype], 1e-5)
-                assert relative_error(
-                    without_zero_vectors(x, feat), without_zero_vectors(y, feat)
-                ) < GRADIENT_ERROR[dtype]
+                zero = (feat.norm(dim=1, keepdim=True) == 0).expand_as(x)
+                bound = max(GRADIENT_ERROR[dtype], 1e-5)
+                assert relative_error(x[zero], y.clamp(-limit, limit)[zero]) < bound
+                g = upstream[layer] if formula is maps else upstream[:, layer].view(-1, 1, 1, 1)
+                pixels = 1 if formula is maps else max(feat.shape[2] * feat.shape[3], 1)
+                scale = gradient_scale(g.double() / pixels, feat, other, w)
+                error_there = relative_error(x[~zero], y[~zero], scale[~zero])
+                assert error_there < GRADIENT_ERROR[dtype]
         for x, y in zip(actual[2], expected_grads[2]):
             assert relative_error(x, y) < max(error, 1e-12) * 10
 
 
-# -------------------------------------------------------------------------------------- widths
+# ------------------------------------------------------------------- widths, shapes and strides
 
 
 @pytest.mark.parametrize("order", ORDERS, ids=["channels_last", "channels_first"])
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("channels", WIDTHS)
 def test_every_width(emulator, dtype, order, channels):
-    h, w = (5, 7) if channels <= 256 else (3, 3)
-    shape = (2, channels, h, w)
-    a, b, weight = make_features(shape, dtype, seed=channels)
-    if channels == 1 and order == CHANNELS_LAST:  # torch calls (N, 1, H, W) both; strides decide
-        order = CHANNELS_FIRST
+    seed = fresh_seed()
+    shape = (2, channels, *((5, 7) if channels <= 256 else (3, 3)))
+    a, b, weight = make_features(shape, dtype, seed)
     a, b = emulator.copy(a, order), emulator.copy(b, order, in_front=True)
-    weight = emulator.copy(weight)
-    check_all(emulator, [a], [b], [weight], seed=channels)
+    check_all(emulator, [a], [b], [emulator.copy(weight)], seed)
+
+
+@pytest.mark.parametrize("order", ORDERS, ids=["channels_last", "channels_first"])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize(
+    "shape",
+    [(1, 64, 1, 1), (3, 8, 1, 40), (3, 8, 40, 1), (1, 8, 33, 31), (2, 32, 16, 16), (7, 4, 2, 2)],
+    ids=str,
+)
+def test_every_shape(emulator, dtype, order, shape):
+    seed = fresh_seed()
+    emulator.multiprocessors = 1  # few blocks, so that each walks through several rounds
+    a, b, weight = make_features(shape, dtype, seed)
+    a, b = emulator.copy(a, order), emulator.copy(b, order)
+    check_all(emulator, [a], [b], [weight], seed)
+
+
+def strided(emulator: Emulator, feat: Tensor, order, kind: str) -> Tensor:
+    """A tensor equal to ``feat`` that lies among other memory (NaN) in the given way."""
+    n, c, h, w = feat.shape
+    if kind == "crop":
+        whole = emulator.empty((n, c, h + 3, w + 5), feat.dtype, order)
+        part = whole[:, :, 1 : h + 1, 3 : w + 3]
+    elif kind == "aligned crop":  # rows do not adjoin, and yet every load may be a vector
+        whole = emulator.empty((n, c, h + 8, w + 8), feat.dtype, order)
+        part = whole[:, :, 8:, 8:]
+    elif kind == "channels":  # a part of the channels
+        whole = emulator.empty((n, c + 9, h, w), feat.dtype, order)
+        part = whole[:, 5 : c + 5]
+    elif kind == "batch":  # every second image
+        part = emulator.empty((2 * n, c, h, w), feat.dtype, order)[1::2]
+    elif kind == "rows":  # every second row and column
+        whole = emulator.empty((n, c, 2 * h, 2 * w), feat.dtype, order)
+        part = whole[:, :, ::2, :: 2 if order == CHANNELS_LAST else 1][:, :, :, :w]
+    else:  # one element behind an aligned address
+        size = feat.element_size()
+        flat = emulator.empty((feat.numel() + 16 // size,), feat.dtype)
+        skew = 1 - flat.data_ptr() // size % (16 // size)
+        model = torch.empty(feat.shape, device="meta", memory_format=order)
+        part = flat.as_strided(feat.shape, model.stride(), skew % (16 // size))
+    return part.copy_(feat)
+
+
+STRIDED = ["crop", "aligned crop", "channels", "batch", "rows", "misaligned"]
+
+
+@pytest.mark.parametrize("order", ORDERS, ids=["channels_last", "channels_first"])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("kind", STRIDED)
+def test_strided_features(emulator, dtype, order, kind):
+    seed = fresh_seed()
+    for shape in [(2, 16, 5, 8), (2, 64, 8, 24)]:
+        a, b, weight = make_features(shape, dtype, seed)
+        skewed = strided(emulator, a, order, kind)
+        plain = emulator.copy(b, order)
+        check_all(emulator, [skewed], [plain], [weight], seed)
+        check_all(emulator, [plain], [skewed], [weight], seed)
+
+
+def test_misaligned_weight(emulator):
+    seed = fresh_seed()
+    a, b, weight = make_features((1, 64, 4, 4), torch.float16, seed)
+    skewed = emulator.empty((65,), torch.float32)[1:].copy_(weight)
+    check_all(emulator, [emulator.copy(a, CHANNELS_LAST)], [emulator.copy(b, CHANNELS_LAST)],
+              [skewed], seed)
+
+
+def test_expanded_features_and_gradients(emulator):
+    """Strides of 0: one target for a batch, the gradient of a sum."""
+    seed = fresh_seed()
+    a, b, weight = make_features((3, 24, 4, 5), torch.float32, seed)
+    target = b[:1].contiguous(memory_format=CHANNELS_LAST).expand(3, -1, -1, -1)
+    a = a.contiguous(memory_format=CHANNELS_LAST)
+    check_all(emulator, [a], [target], [weight], seed)
+    one = torch.ones(1, 1).expand(3, 1)
+    grads = emulator.backward(one, [a], [target], [weight])
+    same = emulator.backward(one.contiguous(), [a], [target], [weight])
+    assert torch.equal(grads[0][0], same[0][0]) and torch.equal(grads[2][0], same[2][0])
+    ones = [torch.ones(1, 1, 1, 1).expand(3, 1, 4, 5)]
+    from_map = emulator.backward(ones, [a], [target], [weight])
+    from_dense = emulator.backward([ones[0].contiguous()], [a], [target], [weight])
+    assert torch.equal(from_map[0][0], from_dense[0][0])
+
+
+@pytest.mark.parametrize("order", ORDERS, ids=["channels_last", "channels_first"])
+def test_map_gradient_of_any_strides(emulator, order):
+    seed = fresh_seed()
+    a, b, weight = make_features((2, 32, 6, 8), torch.float32, seed)
+    a, b = emulator.copy(a, order), emulator.copy(b, order)
+    dense = torch.randn(2, 1, 6, 8, generator=torch.Generator().manual_seed(seed))
+    strided_grad = torch.full((2, 1, 8, 6), float("nan")).transpose(2, 3).copy_(dense)
+    expected = emulator.backward([dense], [a], [b], [weight])
+    actual = emulator.backward([strided_grad], [a], [b], [weight])
+    for x, y in zip(itertools.chain(*actual), itertools.chain(*expected)):
+        # Rows that do not adjoin are cut differently: sums over positions come in another order.
+        assert relative_error(x, y.double()) < 1e-6
+
+
+def test_random_calls(emulator):
+    """Several layers of any shape, order and strides in one call."""
+    seed = fresh_seed()
+    choose = random.Random(seed)
+    for _ in range(25):
+        dtype = choose.choice(DTYPES)
+        emulator.multiprocessors = choose.choice([1, 4, 132])
+        emulator.thread_order = choose.choice(THREAD_ORDERS)
+        n = choose.randint(1, 3)
+        layers: tuple[list[Tensor], ...] = ([], [], [])
+        for _ in range(choose.randint(1, 4)):
+            order = choose.choice(ORDERS)
+            channels = choose.choice([choose.randint(1, 70), 8 * choose.randint(1, 40), 520])
+            shape = (n, channels, choose.randint(1, 9), choose.randint(1, 9))
+            a, b, weight = make_features(shape, dtype, choose.randrange(2**31))
+            if choose.random() < 0.5:
+                a = strided(emulator, a, order, choose.choice(STRIDED))
+            if a.stride(1) != 1 and order == CHANNELS_LAST:  # one channel: both orders are one
+                order = CHANNELS_FIRST
+            layers[0].append(a.contiguous(memory_format=order) if a.is_contiguous() else a)
+            layers[1].append(b.contiguous(memory_format=order))
+            layers[2].append(weight)
+        for a, b in zip(layers[0], layers[1]):
+            if a.stride(1) == 1 and b.stride(1) != 1:
+                pytest.skip(f"seed {seed} draws two orders for one layer")
+        check_all(emulator, *layers, seed)
+        emulator.release()
+
+
+# ------------------------------------------------------------------------------- exact promises
+
+
+@pytest.mark.parametrize("order", ORDERS, ids=["channels_last", "channels_first"])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+class TestExact:
+    SHAPES = ((2, 64, 6, 9), (2, 100, 3, 5), (1, 1200, 2, 3))
+
+    def test_identical_features_give_zero(self, emulator, dtype, order):
+        for shape in self.SHAPES:
+            a, _, weight = make_features(shape, dtype, fresh_seed())
+            a = a.contiguous(memory_format=order)
+            assert not emulator.distance([a], [a.clone()], [weight]).any()
+            assert not emulator.distance_map([a], [a.clone()], [weight])[0].any()
+            grad = torch.ones(shape[0], 1, dtype=weight.dtype)
+            for gradients in emulator.backward(grad, [a], [a.clone()], [weight]):
+                assert not gradients[0].any()
+
+    def test_symmetric_to_the_bit(self, emulator, dtype, order):
+        for shape in self.SHAPES:
+            a, b, weight = make_features(shape, dtype, fresh_seed())
+            a, b = (x.contiguous(memory_format=order) for x in (a, b))
+            forth = emulator.distance([a], [b], [weight])
+            assert torch.equal(forth, emulator.distance([b], [a], [weight]))
+            assert torch.equal(
+                emulator.distance_map([a], [b], [weight])[0],
+                emulator.distance_map([b], [a], [weight])[0],
+            )
+            grad = torch.rand(forth.shape, dtype=forth.dtype)
+            (da,), (db,), (dw,) = emulator.backward(grad, [a], [b], [weight])
+            (db2,), (da2,), (dw2,) = emulator.backward(grad, [b], [a], [weight])
+            assert torch.equal(da, da2) and torch.equal(db, db2) and torch.equal(dw, dw2)
+
+    def test_same_bits_in_any_order_of_threads(self, emulator, dtype, order):
+        """A missing barrier, or a sum whose order is left to chance, shows here."""
+        emulator.multiprocessors = 1
+        for shape in self.SHAPES:
+            a, b, weight = make_features(shape, dtype, fresh_seed())
+            a, b = (x.contiguous(memory_format=order) for x in (a, b))
+            grad = torch.rand(shape[0], 1, dtype=weight.dtype)
+            results = []
+            for emulator.thread_order in THREAD_ORDERS:
+                gradients = emulator.backward(grad, [a], [b], [weight])
+                results.append(
+                    [
+                        emulator.distance([a], [b], [weight]),
+                        *emulator.distance_map([a], [b], [weight]),
+                        *itertools.chain(*gradients),
+                    ]
+                )
+            for other in results[1:]:
+                assert all(torch.equal(x, y) for x, y in zip(results[0], other))
+
+    def test_only_what_is_asked_for(self, emulator, dtype, order):
+        a, b, weight = make_features((2, 64, 5, 4), dtype, fresh_seed())
+        a, b = (x.contiguous(memory_format=order) for x in (a, b))
+        grad = torch.rand(2, 1, dtype=weight.dtype)
+        everything = emulator.backward(grad, [a], [b], [weight])
+        for needs in itertools.product([False, True], repeat=3):
+            if any(needs):
+                some = emulator.backward(grad, [a], [b], [weight], EPS, *needs)
+                for needed, part, whole in zip(needs, some, everything):
+                    assert len(part) == needed
+                    if needed and not needs[2]:  # other blocks, when weights are not asked for
+                        assert relative_error(part[0], whole[0].double()) < 1e-6
+                    elif needed:
+                        assert torch.equal(part[0], whole[0])
+
+
+# ------------------------------------------------------------------------------ hard magnitudes
+
+
+@pytest.mark.parametrize("order", ORDERS, ids=["channels_last", "channels_first"])
+class TestMagnitudes:
+    @pytest.mark.parametrize(
+        ("dtype", "scale"),
+        [
+            (torch.float32, 1e15),
+            (torch.float32, 1e-15),
+            (torch.float16, 6e3),  # squares beyond float16
+            (torch.float16, 1e-7),  # subnormal
+            (torch.bfloat16, 1e15),
+            (torch.bfloat16, 1e-15),
+            (torch.float64, 1e100),
+            (torch.float64, 1e-100),
+        ],
+        ids=str,
+    )
+    def test_large_and_small(self, emulator, dtype, scale, order):
+        a, b, weight = make_features((2, 64, 4, 6), torch.float64, fresh_seed())
+        a = (a * scale).to(dtype).contiguous(memory_format=order)
+        b = (b * scale).to(dtype).contiguous(memory_format=order)
+        weight = weight.abs().to(composed.accumulator_dtype(dtype))
+        exact = ([a.double()], [b.double()], [weight.double()])
+        error = DISTANCE_ERROR.get(dtype, 2e-6)
+        assert relative_error(emulator.distance([a], [b], [weight]), averaged(*exact)) < error
+        grad = torch.ones(2, 1, dtype=weight.dtype)
+        (da,), _, (dw,) = emulator.backward(grad, [a], [b], [weight])
+        expected = reference_gradients(averaged, grad.double(), *exact)
+        assert relative_error(dw, expected[2][0]) < error * 10
+        assert not da.isnan().any()
+        if dtype != torch.float16:
+            # A few ULPs of every term; overflow to infinity is left to be seen.
+            finite = da.isfinite() & (expected[0][0].abs() < torch.finfo(dtype).max)
+            assert relative_error(da[finite], expected[0][0][finite]) < 0.02
+
+    @pytest.mark.parametrize("step", [1e-2, 1e-4, 1e-6])
+    def test_tiny_differences_do_not_cancel(self, emulator, order, step):
+        a, noise, weight = make_features((1, 64, 6, 6), torch.float32, fresh_seed())
+        b = (a * (1 + step * noise)).contiguous(memory_format=order)
+        a, weight = a.contiguous(memory_format=order), weight.abs()
+        exact = averaged([a.double()], [b.double()], [weight.double()])
+        # The unit vectors' rounding, 2^-24 of each element, against a difference of `step`.
+        assert relative_error(emulator.distance([a], [b], [weight]), exact) < 1e-5 + 2e-7 / step
+
+    def test_float16_gradient_of_zero_vectors_is_clamped_and_no_other(self, emulator, order):
+        a = torch.zeros(1, 16, 2, 2, dtype=torch.float16)
+        a[0, :, 0, 0] = 1e-4
+        b = torch.rand(1, 16, 2, 2).add(0.5).half()
+        a, b = (x.contiguous(memory_format=order) for x in (a, b))
+        weight = torch.ones(16)
+        (da,), (db,), _ = emulator.backward(torch.full((1, 1), 1e3), [a], [b], [weight])
+        zero = (a == 0).all(dim=1, keepdim=True).expand_as(a)
+        assert bool((da[zero].abs() == 65504).all())
+        assert bool(db.isfinite().all())
+        (da,), _, _ = emulator.backward(torch.full((1, 1), 1e6), [a], [b], [weight])
+        assert bool(da[~zero].isinf().any()), "an overflow elsewhere must stay visible"
+        assert bool((da[zero].abs() == 65504).all())
+
+    def test_nan_and_infinity_are_not_hidden(self, emulator, order):
+        a, b, weight = make_features((2, 32, 4, 4), torch.float32, fresh_seed())
+        for bad in (float("nan"), float("inf")):
+            spoilt = a.clone()
+            spoilt[1, 3, 2, 2] = bad
+            spoilt = spoilt.contiguous(memory_format=order)
+            clean = b.contiguous(memory_format=order)
+            distances = emulator.distance([spoilt], [clean], [weight])
+            assert bool(distances[0].isfinite()) and bool(distances[1].isnan())
+
+
+def test_eps_is_the_callers(emulator):
+    a, b, weight = make_features((1, 8, 3, 3), torch.float32, fresh_seed())
+    a, b = (x.contiguous(memory_format=CHANNELS_LAST) for x in (a, b))
+    exact = composed.distance([a.double()], [b.double()], [weight.double()], 0.25)
+    assert relative_error(emulator.distance([a], [b], [weight], 0.25), exact) < 1e-5
+
+
+# ----------------------------------------------------------------------- launches and the plan
+
+
+def trunk_features(channels: Sequence[int], sizes: Sequence[int], n: int, order):
+    layers = [
+        make_features((n, c, s, s), torch.float32, fresh_seed()) for c, s in zip(channels, sizes)
+    ]
+    a, b, weights = (list(group) for group in zip(*layers))
+    return *([x.contiguous(memory_format=order) for x in xs] for xs in (a, b)), weights
+
+
+ALEX = [64, 192, 384, 256, 256]
+
+
+@pytest.mark.parametrize("order", ORDERS, ids=["channels_last", "channels_first"])
+def test_alex_at_64_pixels_is_one_launch(emulator, order):
+    emulator.multiprocessors = 132
+    layers = trunk_features(ALEX, [15, 7, 3, 3, 3], 1, order)
+    result = emulator.distance(*layers)
+    launches = emulator.launches
+    assert relative_error(result, averaged(*[[t.double() for t in g] for g in layers])) < 1e-5
+    # channels_last: all vector loads. NCHW: odd heights, so that all loads are single elements.
+    assert launches == 1
+    emulator.distance_map(*layers)
+    assert emulator.launches == 1
+    emulator.backward(result, *layers, need_weights=False)
+    assert emulator.launches == 1
+    emulator.backward(result, *layers)
+    assert emulator.launches == 2
+
+
+def test_larger_images_are_two_launches(emulator):
+    layers = trunk_features([64, 128], [48, 24], 2, CHANNELS_LAST)
+    result = emulator.distance(*layers)
+    assert emulator.launches == 2
+    assert relative_error(result, averaged(*[[t.double() for t in g] for g in layers])) < 1e-5
+
+
+def test_many_layers_of_both_orders(emulator):
+    """More layers than one launch takes; their columns must not be confused."""
+    seed = fresh_seed()
+    layers: tuple[list[Tensor], ...] = ([], [], [])
+    for index in range(19):
+        a, b, w = make_features((2, 3 + 5 * index, 3, 4), torch.float16, seed + index)
+        order = ORDERS[index % 2]
+        layers[0].append(a.contiguous(memory_format=order))
+        layers[1].append(b.contiguous(memory_format=order))
+        layers[2].append(w)
+    check_all(emulator, *layers, seed)
+
+
+@pytest.mark.parametrize("order", ORDERS, ids=["channels_last", "channels_first"])
+@pytest.mark.parametrize("shape", [(0, 8, 4, 4), (2, 8, 0, 4), (2, 8, 4, 0), (2, 0, 4, 4)], ids=str)
+def test_empty(emulator, order, shape):
+    full = (shape[0], 8, 3, 3)
+    layers = [make_features(s, torch.float32, fresh_seed()) for s in (shape, full)]
+    a, b, weights = (list(group) for group in zip(*layers))
+    a, b = ([x.contiguous(memory_format=order) for x in xs] for xs in (a, b))
+    result = emulator.distance(a, b, weights)
+    assert torch.allclose(result, composed.distance(a, b, weights), equal_nan=True, rtol=1e-5)
+    for x, y in zip(emulator.distance_map(a, b, weights), maps(a, b, weights)):
+        assert torch.allclose(x, y, rtol=1e-4, atol=1e-6)
+    _, _, dw = emulator.backward(torch.ones(result.shape), a, b, weights)
+    assert dw[0].shape == (shape[1],) and not dw[0].any()
+    assert bool(dw[1].isfinite().all())
+
+
+def work_of(shape, strides, order: int) -> LayerWork:
+    some = FeatureView(4096, tuple(strides))
+    return LayerWork(LayerView(tuple(shape), order, some, some, 4096), 4096, upstream_scale=1.0)
+
+
+class TestPlan:
+    def test_vector_loads_where_they_are_possible(self, emulator):
+        for size, wide in ((4, 4), (2, 8), (8, 2)):
+            for c in (64, 8, 12, 7):
+                work = work_of((2, c, 9, 9), (81 * c, 1, 9 * c, c), 0)
+                assert emulator.plan(AVERAGE, work, size)["vectors"] == (c % wide == 0)
+        for hw, possible in ((16, True), (15, False)):
+            work = work_of((2, 64, hw, hw), (64 * hw * hw, hw * hw, hw, 1), 1)
+            assert emulator.plan(AVERAGE, work, 4)["vectors"] == possible
+
+    @pytest.mark.parametrize("size", [2, 4, 8])
+    def test_layers_of_the_trunks_stay_in_registers(self, emulator, size):
+        for c in (64, 128, 192, 256, 384, 512):
+            last = work_of((1, c, 8, 8), (64 * c, 1, 8 * c, c), 0)
+            first = work_of((1, c, 8, 8), (64 * c, 64, 8, 1), 1)
+            if size < 8 or c <= 256:
+                assert emulator.plan(AVERAGE, last, size)["slabs"] == 1
+            assert emulator.plan(AVERAGE, first, size)["slabs"] == 1
+
+    def test_blocks_cover_every_position_once(self, emulator):
+        for order, h, w, c in itertools.product((0, 1), (1, 7, 64), (1, 33), (3, 64, 512)):
+            strides = (h * w * c, 1, w * c, c) if order == 0 else (h * w * c, h * w, w, 1)
+            plan = emulator.plan(MAP, work_of((3, c, h, w), strides, order), 4)
+            assert plan["blocks"] == 3 * plan["tiles"]
+            assert (plan["tiles"] - 1) * plan["tile_positions"] < h * w
+            assert plan["tiles"] * plan["tile_positions"] >= h * w
+
+    def test_refusals(self, emulator):
+        with pytest.raises(ValueError, match="channels are not supported"):
+            emulator.plan(AVERAGE, work_of((1, 2**28, 1, 1), (2**28, 1, 1, 1), 0), 4)
+        with pytest.raises(ValueError, match="smaller batches"):
+            emulator.plan(AVERAGE, work_of((2**31, 1, 1, 1), (0, 1, 1, 1), 0), 4)
+        with pytest.raises(ValueError, match="do not adjoin"):
+            emulator.plan(AVERAGE, work_of((1, 1, 2, 2**31), (0, 1, 2**32, 1), 0), 4)
+
+
+@pytest.mark.parametrize("far", ["image", "channel", "row", "column"])
+def test_offsets_beyond_32_bits(emulator, far):
+    """A few elements, 2^32 apart, in address space that costs no memory."""
+    order = CHANNELS_FIRST if far == "channel" else CHANNELS_LAST
+    distance = 2**32 + 64
+    strides = {
+        "image": (distance, 1, 16, 8),
+        "row": (8, 1, distance, 8),
+        "column": (8, 1, 8, distance),
+        "channel": (8, distance, 2, 1),
+    }[far]
+    shape = {
+        "image": (2, 8, 1, 2),
+        "row": (1, 8, 2, 1),
+        "column": (1, 8, 1, 2),
+        "channel": (1, 3, 2, 2),
+    }[far]
+    size = 2 * (sum((n - 1) * s for n, s in zip(shape, strides)) + 1)
+    flags = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | getattr(mmap, "MAP_NORESERVE", 0)
+    try:
+        memory = mmap.mmap(-1, size, flags=flags)
+    except (OSError, ValueError, MemoryError):
+        pytest.skip(f"no address space for {size >> 30} GiB")
+    seed = fresh_seed()
+    a, b, weight = make_features(shape, torch.float16, seed)
+    wide = torch.frombuffer(memory, dtype=torch.float16).as_strided(shape, strides).copy_(a)
+    b = b.contiguous(memory_format=order)
+    exact = ([a.double()], [b.double()], [weight.double()])
+    result = emulator.distance([wide], [b], [weight])
+    assert relative_error(result, averaged(*exact)) < 1e-5
+    grad = torch.ones(result.shape)
+    (da,), _, _ = emulator.backward(grad, [wide], [b], [weight])
+    expected = emulator.backward(grad, [a.contiguous(memory_format=order)], [b], [weight])
+    assert relative_error(da, expected[0][0].double()) < 1e-5

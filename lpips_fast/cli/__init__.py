@@ -1,0 +1,105 @@
+"""The command line: ``lpips-fast``, also ``python -m lpips_fast``.
+
+A sub-command is a module of this folder and an entry in :data:`COMMANDS`: one function that adds
+its arguments, one that runs it. A command line that starts with an image is ``pair``; an image that
+is named like a sub-command is ``./info``.
+
+Results go to standard output, everything else to standard error. Exit codes: 0 done, 1 the work
+failed, 2 the command line was wrong. A failure is told in one sentence; ``--debug`` shows where.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+import warnings
+from collections.abc import Sequence
+from pathlib import Path
+
+from .. import __version__
+from . import info, pair
+from .command import PROGRAM, Command, CommandError, sentence, show_warning, tell
+
+__all__ = ["COMMANDS", "Command", "CommandError", "main"]
+
+#: Every sub-command by name, in the order in which ``--help`` lists them.
+COMMANDS: dict[str, Command] = {"pair": pair.COMMAND, "info": info.COMMAND}
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command line and return its exit code.
+
+    Args:
+        argv: the arguments without the program's name; ``None``: those of the process.
+
+    Raises:
+        SystemExit: by argparse, after ``--help`` (0) and for a wrong command line (2).
+
+    Example:
+        >>> main(["pair", "a.png", "b.png", "--net", "vgg"])      # doctest: +SKIP
+        Distance: 0.569
+        …
+        0
+    """
+    arguments = _name_the_command(sys.argv[1:] if argv is None else list(argv))
+    options = _parser().parse_args(arguments)
+    try:
+        with warnings.catch_warnings():
+            warnings.showwarning = show_warning
+            COMMANDS[options.command].run(options)
+    except KeyboardInterrupt:
+        if options.debug:
+            raise
+        return 130  # what a shell expects of a program ended by Ctrl-C
+    except Exception as error:
+        if options.debug:
+            raise
+        tell("error", sentence(error))
+        return 1
+    return 0
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog=PROGRAM,
+        description="LPIPS: how different two images look to people.",
+        epilog=f"{PROGRAM} A.png B.png is short for {PROGRAM} pair A.png B.png.",
+        allow_abbrev=False,
+    )
+    parser.add_argument("--package-version", action="version", version=f"{PROGRAM} {__version__}")
+    parser.add_argument("--debug", action="store_true", help="show the traceback of a failure")
+    commands = parser.add_subparsers(dest="command", required=True, metavar="command")
+    for name, command in COMMANDS.items():
+        sub = commands.add_parser(
+            name,
+            help=command.summary,
+            description=f"{command.summary[0].upper()}{command.summary[1:]}.",
+            allow_abbrev=False,
+        )
+        # Without SUPPRESS the sub-parser's default would undo a --debug before the sub-command.
+        sub.add_argument(
+            "--debug",
+            action="store_true",
+            default=argparse.SUPPRESS,
+            help="show the traceback of a failure",
+        )
+        command.add_arguments(sub)
+    return parser
+
+
+def _name_the_command(arguments: list[str]) -> list[str]:
+    """Put ``pair`` where a command line starts with an image, or with an option of ``pair``."""
+    start = 0
+    while start < len(arguments) and arguments[start] == "--debug":
+        start += 1
+    rest = arguments[start:]
+    if rest == ["--version"]:  # elsewhere it is LPIPS's version and takes a value
+        return ["--package-version"]
+    if not rest or rest[0] in COMMANDS or rest[0] in ("-h", "--help", "--package-version"):
+        return arguments
+    first = rest[0]
+    looks_like_a_file = first.startswith("-") or Path(first).suffix or os.path.exists(first)
+    if not looks_like_a_file:  # a mistyped sub-command: argparse lists the right ones
+        return arguments
+    return [*arguments[:start], "pair", *rest]

@@ -1,0 +1,65 @@
+"""What every sub-command is made of, and how it speaks to the user."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import TextIO
+
+from ..weights import WeightsError
+
+PROGRAM = "lpips-fast"
+
+
+class CommandError(Exception):
+    """The work cannot be done; the message is one sentence for the user."""
+
+
+@dataclass(frozen=True)
+class Command:
+    """A sub-command.
+
+    Attributes:
+        summary: one line for the list of sub-commands.
+        add_arguments: adds its arguments to its own parser.
+        run: does the work and writes the result to standard output.
+    """
+
+    summary: str
+    add_arguments: Callable[[argparse.ArgumentParser], None]
+    run: Callable[[argparse.Namespace], None]
+
+
+def tell(kind: str, message: str) -> None:
+    print_to(f"{PROGRAM}: {kind}: {message}", sys.stderr)
+
+
+def print_to(text: str, stream: TextIO) -> None:
+    # A file name may hold what the terminal's encoding, or any encoding, cannot express.
+    encoding = getattr(stream, "encoding", None) or "utf-8"
+    print(text.encode(encoding, "backslashreplace").decode(encoding), file=stream)
+
+
+def show_warning(
+    message: Warning | str,
+    category: type[Warning],
+    filename: str,
+    lineno: int,
+    file: TextIO | None = None,
+    line: str | None = None,
+) -> None:
+    tell("warning", " ".join(str(message).split()))
+
+
+def sentence(error: Exception) -> str:
+    if isinstance(error, OSError) and error.strerror and error.filename is not None:
+        return f"{error.filename}: {error.strerror}"
+    if isinstance(error, WeightsError):
+        return str(error)  # lists the ways to supply them, one a line
+    # Torch's messages go on for paragraphs; the first says what happened.
+    text = " ".join(str(error).strip().split("\n\n")[0].split())
+    if isinstance(error, (CommandError, ValueError, RuntimeError, OSError, ImportError)) and text:
+        return text
+    return f"{type(error).__name__}: {text} (this is a bug; --debug shows where)"
