@@ -13,4 +13,6 @@ STABLE_TORCH_LIBRARY(lpips_fast, m) {
   m.def(
       "distance_map_backward(Tensor[] grads, Tensor[] feats0, Tensor[] feats1, Tensor[] weights, "
       "float eps, bool need_feats0, bool need_feats1, bool need_weights) -> Tensor[]");
+  m.def("max_pool2d(Tensor x, int kernel, int stride, bool ceil_mode) -> Tensor");
+  m.def("max_pool2d_backward(Tensor grad, Tensor x, Tensor y, int kernel, int stride) -> Tensor");
 }

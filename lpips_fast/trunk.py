@@ -18,6 +18,11 @@ import torch
 import torch.utils.checkpoint
 from torch import Tensor, nn
 
+from . import ops  # noqa: F401  (registers max_pool2d)
+from .convolution import conv_relu
+
+IMAGE_CHANNELS = 3
+
 
 class Conv(NamedTuple):
     channels: int
@@ -122,8 +127,38 @@ class FireModule(nn.Module):
         self.expand3x3 = nn.Conv2d(squeeze, expand, 3, padding=1)
 
     def forward(self, x: Tensor) -> Tensor:
-        x = self.squeeze(x).relu_()
-        return torch.cat((self.expand1x1(x), self.expand3x3(x)), dim=1).relu_()
+        x = conv_relu(self.squeeze, x)
+        return torch.cat((conv_relu(self.expand1x1, x), conv_relu(self.expand3x3, x)), dim=1)
+
+
+class MaxPool2d(nn.MaxPool2d):
+    """Max-pooling by our own kernel on the CPU, which needs no tensor of indices."""
+
+    def forward(self, input: Tensor) -> Tensor:
+        if input.device.type != "cpu" or torch.compiler.is_compiling():
+            return super().forward(input)
+        return torch.ops.lpips_fast.max_pool2d(input, self.kernel_size, self.stride, self.ceil_mode)
+
+
+class Slice(nn.Sequential):
+    """The layers between two taps. A convolution and the ReLU behind it run as one.
+
+    The first slice lets NaN through, so that a NaN in an image reaches the distance by its tap.
+    """
+
+    def __init__(self, keep_nan: bool) -> None:
+        super().__init__()
+        self.keep_nan = keep_nan
+
+    def forward(self, input: Tensor) -> Tensor:
+        x, layers = input, iter(self)
+        for layer in layers:
+            if isinstance(layer, nn.Conv2d):
+                x = conv_relu(layer, x, self.keep_nan)
+                next(layers)  # every convolution of a trunk is followed by its ReLU
+            else:
+                x = layer(x)
+        return x
 
 
 def _module(layer: Layer, in_channels: int) -> tuple[nn.Module, int]:
@@ -133,7 +168,7 @@ def _module(layer: Layer, in_channels: int) -> tuple[nn.Module, int]:
         case ReLU():
             return nn.ReLU(inplace=True), in_channels
         case MaxPool(kernel, stride, ceil_mode):
-            return nn.MaxPool2d(kernel, stride, ceil_mode=ceil_mode), in_channels
+            return MaxPool2d(kernel, stride, ceil_mode=ceil_mode), in_channels
         case Fire(squeeze, expand):
             return FireModule(in_channels, squeeze, expand), 2 * expand
     raise TypeError(f"not a layer of a trunk: {layer!r}")
@@ -165,9 +200,9 @@ class Trunk(nn.Module):
         self.net_name = net
         self.N_slices = len(spec.taps)
         self._outputs = namedtuple("TrunkOutputs", spec.taps)  # type: ignore[misc]
-        channels, first = 3, 0
+        channels, first = IMAGE_CHANNELS, 0
         for number, last in enumerate(spec.taps.values(), start=1):
-            block = nn.Sequential()
+            block = Slice(keep_nan=number == 1)
             for index in range(first, last + 1):
                 module, channels = _module(spec.layers[index], channels)
                 block.add_module(str(index), module)
@@ -245,7 +280,7 @@ def feature_shapes(net: str) -> dict[str, tuple[int, ...]]:
     >>> feature_shapes("alex")["features.0.weight"]
     (64, 3, 11, 11)
     """
-    shapes, channels = {}, 3
+    shapes, channels = {}, IMAGE_CHANNELS
     for index, layer in enumerate(trunk_spec(net).layers):
         with torch.device("meta"):
             module, channels = _module(layer, channels)
@@ -260,7 +295,7 @@ def tap_channels(net: str) -> list[int]:
     >>> tap_channels("squeeze")
     [64, 128, 256, 384, 384, 512, 512]
     """
-    spec, channels, per_layer = trunk_spec(net), 3, []
+    spec, channels, per_layer = trunk_spec(net), IMAGE_CHANNELS, []
     for layer in spec.layers:
         match layer:
             case Conv():

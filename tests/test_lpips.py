@@ -178,6 +178,14 @@ class TestOutputs:
         assert torch.equal(first, model(*pair))
         torch.testing.assert_close(first, model(pair[1], pair[0]), rtol=1e-6, atol=0)
 
+    @pytest.mark.parametrize("net", ["alex", "vgg", "squeeze"])
+    @pytest.mark.parametrize("value", [torch.nan, torch.inf])
+    def test_a_bad_pixel_reaches_the_distance(self, net, value):
+        model = lpips_fast.LPIPS(net=net, pnet_rand=True, verbose=False)
+        a, b = image_pair(1, 48, 48, torch.float32, seed=0)
+        b[0, 1, 20, 20] = value
+        assert model(a, b).isnan().all()
+
     def test_empty_batch(self, model):
         x = torch.zeros(0, 3, 64, 64, requires_grad=True)
         value = model(x, x)

@@ -10,6 +10,7 @@
 #include <vector>
 
 #include "../lpips_distance.h"
+#include "dispatch.h"
 #include "distance_kernels.h"
 
 namespace lpips_fast {
@@ -161,21 +162,6 @@ void backward(const LayerView& layer, double eps, const DistanceGradient& grad,
     for (int64_t chunk = 0; chunk < chunks.total; ++chunk)
       sum += partial_weight[chunk * layer.c + c];
     grad_weight[c] = static_cast<acc_t>(sum);
-  }
-}
-
-// Calls body(feature_t{}) for the dtype; check_layers has refused all others.
-template <typename Body>
-void dispatch_feature_dtype(ScalarType dtype, const Body& body) {
-  switch (dtype) {
-    case ScalarType::Double:
-      return body(double{});
-    case ScalarType::Half:
-      return body(c10::Half{});
-    case ScalarType::BFloat16:
-      return body(c10::BFloat16{});
-    default:
-      return body(float{});
   }
 }
 

@@ -1,0 +1,30 @@
+// From a runtime dtype to a C++ type, for the dtypes that have CPU kernels.
+#pragma once
+
+#include <torch/headeronly/core/ScalarType.h>
+
+namespace lpips_fast {
+
+inline bool is_feature_dtype(torch::headeronly::ScalarType dtype) {
+  using torch::headeronly::ScalarType;
+  return dtype == ScalarType::Float || dtype == ScalarType::Double || dtype == ScalarType::Half ||
+         dtype == ScalarType::BFloat16;
+}
+
+// Calls body(feature_t{}); the caller has refused all other dtypes.
+template <typename Body>
+void dispatch_feature_dtype(torch::headeronly::ScalarType dtype, const Body& body) {
+  using torch::headeronly::ScalarType;
+  switch (dtype) {
+    case ScalarType::Double:
+      return body(double{});
+    case ScalarType::Half:
+      return body(c10::Half{});
+    case ScalarType::BFloat16:
+      return body(c10::BFloat16{});
+    default:
+      return body(float{});
+  }
+}
+
+}  // namespace lpips_fast

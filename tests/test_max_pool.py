@@ -1,0 +1,75 @@
+"""Max-pooling without indices, against torch's."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+import lpips_fast  # noqa: F401  (registers the operator)
+
+WINDOWS = [(3, 2, False), (3, 2, True), (2, 2, False), (2, 2, True), (3, 1, False)]
+SHAPES = [(2, 70, 13, 12), (1, 3, 3, 3), (3, 64, 8, 9), (1, 129, 5, 31), (0, 8, 5, 5)]
+DTYPES = [torch.float32, torch.float64, torch.bfloat16, torch.float16]
+
+
+def max_pool(x, window):
+    return torch.ops.lpips_fast.max_pool2d(x, *window)
+
+
+@pytest.mark.usefixtures("poisoned")
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+@pytest.mark.parametrize("window", WINDOWS, ids=str)
+@pytest.mark.parametrize("ties", [False, True])
+def test_same_bits_as_torch(dtype, shape, window, ties):
+    x = torch.randn(shape).to(dtype)
+    x = (x * 2).round() if ties else x
+    x = x.contiguous(memory_format=torch.channels_last).requires_grad_()
+    kernel, stride, ceil_mode = window
+    y, expected = max_pool(x, window), F.max_pool2d(x, kernel, stride, ceil_mode=ceil_mode)
+    assert torch.equal(y, expected)
+    assert y.is_contiguous(memory_format=torch.channels_last)
+    grad = torch.randn_like(y)
+    (got,) = torch.autograd.grad(y, x, grad)
+    (reference,) = torch.autograd.grad(expected, x, grad)
+    # Overlapping windows add up in another order.
+    torch.testing.assert_close(
+        got, reference, rtol=2 * torch.finfo(dtype).eps, atol=1e-2 if dtype.itemsize == 2 else 1e-6
+    )
+
+
+def test_nan_and_infinity_pass():
+    x = torch.randn(1, 16, 7, 7).contiguous(memory_format=torch.channels_last)
+    x[0, 3, 2, 2], x[0, 4, 2, 2], x[0, 5] = torch.nan, torch.inf, -torch.inf
+    torch.testing.assert_close(
+        max_pool(x, (3, 2, False)), F.max_pool2d(x, 3, 2), equal_nan=True, rtol=0, atol=0
+    )
+
+
+def test_other_memory_orders_are_copied():
+    x = torch.randn(2, 5, 9, 9)
+    assert torch.equal(max_pool(x, (3, 2, False)), F.max_pool2d(x, 3, 2))
+
+
+def test_derivatives():
+    x = torch.randn(1, 3, 7, 8, dtype=torch.float64, requires_grad=True)
+    for window in WINDOWS:
+        assert torch.autograd.gradcheck(lambda t, w=window: max_pool(t, w), x)
+        assert torch.autograd.gradgradcheck(lambda t, w=window: max_pool(t, w), x)
+
+
+def test_opcheck():
+    x = torch.randn(2, 5, 9, 8).contiguous(memory_format=torch.channels_last).requires_grad_()
+    torch.library.opcheck(torch.ops.lpips_fast.max_pool2d.default, (x, 3, 2, True))
+    y = max_pool(x, (3, 2, True)).detach()
+    torch.library.opcheck(
+        torch.ops.lpips_fast.max_pool2d_backward.default, (torch.randn_like(y), x, y, 3, 2)
+    )
+
+
+def test_refusals():
+    with pytest.raises(RuntimeError, match="2x5 is smaller than the pooling window of 3x3"):
+        max_pool(torch.randn(1, 4, 2, 5), (3, 2, False))
+    with pytest.raises(RuntimeError, match="float32, float64, float16 or bfloat16"):
+        max_pool(torch.ones(1, 4, 5, 5, dtype=torch.int32), (3, 2, False))
