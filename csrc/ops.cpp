@@ -15,4 +15,8 @@ STABLE_TORCH_LIBRARY(lpips_fast, m) {
       "float eps, bool need_feats0, bool need_feats1, bool need_weights) -> Tensor[]");
   m.def("max_pool2d(Tensor x, int kernel, int stride, bool ceil_mode) -> Tensor");
   m.def("max_pool2d_backward(Tensor grad, Tensor x, Tensor y, int kernel, int stride) -> Tensor");
+  m.def(
+      "scale_images(Tensor[] images, Tensor shift, Tensor scale, bool unit_range, ScalarType "
+      "dtype) "
+      "-> Tensor");
 }

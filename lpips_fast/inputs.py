@@ -11,7 +11,7 @@ from torch import Tensor
 
 
 def as_rgb_batch(
-    name: str, image: Tensor, *, like: Tensor, convert: bool, minimum_size: int, trunk: str
+    name: str, image: Tensor, *, like: Tensor, any_dtype: bool, minimum_size: int, trunk: str
 ) -> Tensor:
     """An image argument as (N, 3, H, W), or an error that says what is wrong with it.
 
@@ -19,7 +19,8 @@ def as_rgb_batch(
         name: of the argument, for messages.
         image: (N, 3, H, W), (N, 1, H, W) or, without a batch, (3, H, W) or (1, H, W).
         like: a tensor on the model's device and of its dtype.
-        convert: take any floating dtype to that of ``like``; autocast does so too.
+        any_dtype: take images of any floating dtype, not that of ``like`` alone; autocast does so
+            too, and takes them to it.
         minimum_size: the smallest height and width that the trunk can take.
         trunk: its name, for messages.
     """
@@ -48,7 +49,7 @@ def as_rgb_batch(
             f"{name} of {image.shape[-2]}x{image.shape[-1]} pixels is too small for trunk "
             f"{trunk!r}: it needs at least {minimum_size}x{minimum_size}; resize or pad it"
         )
-    if convert or torch.is_autocast_enabled(like.device.type):
+    if any_dtype or torch.is_autocast_enabled(like.device.type):
         image = image.to(like.dtype)
     elif image.dtype != like.dtype:
         raise TypeError(

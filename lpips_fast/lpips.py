@@ -6,7 +6,7 @@ import functools
 import os
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 import torch.nn.functional as F
@@ -17,6 +17,9 @@ from .features import Features
 from .inputs import as_rgb_batch, check_same_size, common_batch, warn_of_values
 from .trunk import Trunk, minimum_size, tap_channels, trunk_spec
 from .weights import WeightsError, load_lin_weights, load_trunk_weights, read_state_dict
+
+if TYPE_CHECKING:
+    from .image_source import Images
 
 VERSIONS = ("0.0", "0.1")
 REDUCTIONS = ("none", "mean", "sum")
@@ -49,6 +52,32 @@ class ScalingLayer(nn.Module):
 
     def forward(self, inp: Tensor) -> Tensor:
         return (inp - self.shift) / self.scale
+
+    def batch(
+        self, images: Sequence[Tensor], unit_range: bool, dtype: torch.dtype, version: str = "0.1"
+    ) -> Tensor:
+        """Batches of images one behind the other, scaled, channels-last, as ``dtype``.
+
+        Args:
+            images: (N_k, 3, H, W) each, of one size.
+            unit_range: the images are in [0, 1] instead of [-1, 1].
+            version: the first release, 0.0, fed images to the trunk unscaled.
+
+        Returns:
+            (sum of N_k, 3, H, W). The same numbers as by :meth:`forward`, in one pass over memory
+            on the CPU.
+        """
+        plain = torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active()
+        if self.shift.device.type == "cpu" and not plain:
+            shift, scale = self.shift, self.scale
+            if version == "0.0":
+                shift, scale = torch.zeros_like(shift), torch.ones_like(scale)
+            return torch.ops.lpips_fast.scale_images(list(images), shift, scale, unit_range, dtype)
+        together = images[0] if len(images) == 1 else torch.cat(tuple(images))
+        if unit_range:
+            together = 2 * together - 1
+        scaled = together if version == "0.0" else self(together)
+        return scaled.to(dtype, memory_format=torch.channels_last)
 
 
 class NetLinLayer(nn.Module):
@@ -205,18 +234,18 @@ class LPIPS(nn.Module):
             name,
             image,
             like=self.scaling_layer.shift,
-            convert=self.dtype is not None,
+            any_dtype=self.dtype is not None,
             minimum_size=self.minimum_size,
             trunk=self.pnet_type,
         )
         if self.check_inputs:
             warn_of_values(name, image, normalize)
-        return 2 * image - 1 if normalize else image
+        return image
 
-    def _taps(self, image: Tensor) -> Iterator[Tensor]:
-        # The first release fed images to the trunk unscaled; 0.0 keeps its numbers.
-        scaled = self.scaling_layer(image) if self.version == "0.1" else image
-        return self.net.taps(scaled.to(self.dtype or scaled.dtype), self.checkpoint)
+    def _taps(self, images: Sequence[Tensor], normalize: bool) -> Iterator[Tensor]:
+        dtype = self.dtype or self.scaling_layer.shift.dtype
+        batch = self.scaling_layer.batch(images, normalize, dtype, self.version)
+        return self.net.taps(batch, self.checkpoint)
 
     def _needs_graph(self, image: Tensor | Features) -> bool:
         if not torch.is_grad_enabled():
@@ -225,8 +254,8 @@ class LPIPS(nn.Module):
             return any(tap.requires_grad for tap in image.taps)
         return image.requires_grad or any(p.requires_grad for p in self.net.parameters())
 
-    def _encode(self, image: Tensor) -> Features:
-        return Features(tuple(self._taps(image)), _size(image))
+    def _encode(self, image: Tensor, normalize: bool) -> Features:
+        return Features(tuple(self._taps([image], normalize)), _size(image))
 
     def encode(self, images: Tensor, normalize: bool = False) -> Features:
         """Features of images, for :meth:`distance` or as an argument of :meth:`forward`.
@@ -243,7 +272,7 @@ class LPIPS(nn.Module):
         >>> model(torch.zeros(1, 3, 64, 64), target).item()
         0.0
         """
-        return self._encode(self._image("images", images, normalize))
+        return self._encode(self._image("images", images, normalize), normalize)
 
     # ----------------------------------------------------------------------------- distance
 
@@ -277,11 +306,11 @@ class LPIPS(nn.Module):
             maps = functional.distance_map(taps0, taps1, weights)
         return [upsample(m, size) for m in maps]
 
-    def _layers_in_one_pass(self, in0: Tensor, in1: Tensor) -> list[Tensor]:
+    def _layers_in_one_pass(self, in0: Tensor, in1: Tensor, normalize: bool) -> list[Tensor]:
         """Every layer's distance of two images that both need a graph, or both none."""
         split = [len(in0), len(in1)]
         size = _size(in0)
-        taps = self._taps(torch.cat((in0, in1)))
+        taps = self._taps((in0, in1), normalize)
         if self._needs_graph(in0) or in0.numel() < _STREAMED_FROM or torch.compiler.is_compiling():
             pairs = [_broadcast(*tap.split(split)) for tap in taps]
             return self._per_layer([a for a, _ in pairs], [b for _, b in pairs], size)
@@ -298,25 +327,31 @@ class LPIPS(nn.Module):
         taps0, taps1 = [a for a, _ in pairs], [b for _, b in pairs]
         return self._per_layer(taps0, taps1, features0.image_size)
 
-    def _layers(self, in0: Tensor | Features, in1: Tensor | Features) -> list[Tensor]:
+    def _layers(
+        self, in0: Tensor | Features, in1: Tensor | Features, normalize: bool
+    ) -> list[Tensor]:
         graphs = [self._needs_graph(x) for x in (in0, in1)]
         if isinstance(in0, Tensor) and isinstance(in1, Tensor):
             check_same_size(_size(in0), _size(in1))
             if graphs[0] == graphs[1]:
-                return self._layers_in_one_pass(in0, in1)
+                return self._layers_in_one_pass(in0, in1, normalize)
         features = []
         for image, needs_graph in zip((in0, in1), graphs):
             with torch.set_grad_enabled(needs_graph):
-                features.append(image if isinstance(image, Features) else self._encode(image))
+                if isinstance(image, Tensor):
+                    image = self._encode(image, normalize)
+                features.append(image)
         return self._layers_of_features(*features)
 
-    def _chunked_layers(self, in0: Tensor | Features, in1: Tensor | Features) -> list[Tensor]:
+    def _chunked_layers(
+        self, in0: Tensor | Features, in1: Tensor | Features, normalize: bool
+    ) -> list[Tensor]:
         """:meth:`_layers`, at most ``max_batch`` pairs at a time where no graph is kept."""
         batch = common_batch(len(in0), len(in1))
         limit = self.max_batch or batch
         if batch <= limit or torch.is_grad_enabled():
             try:
-                return self._layers(in0, in1)
+                return self._layers(in0, in1, normalize)
             except torch.OutOfMemoryError:
                 if torch.is_grad_enabled() or batch < 2:
                     raise
@@ -325,7 +360,7 @@ class LPIPS(nn.Module):
         for first in range(0, batch, limit):
             part = slice(first, first + limit)
             pair = [x if len(x) == 1 and batch > 1 else x[part] for x in (in0, in1)]
-            parts.append(self._chunked_layers(*pair))
+            parts.append(self._chunked_layers(pair[0], pair[1], normalize))
         return [torch.cat(layer) for layer in zip(*parts)]
 
     def _reduce(self, value: Tensor) -> Tensor:
@@ -362,13 +397,42 @@ class LPIPS(nn.Module):
             x if isinstance(x, Features) else self._image(name, x, normalize)
             for name, x in (("in0", in0), ("in1", in1))
         ]
-        layers = self._chunked_layers(*pair)
+        layers = self._chunked_layers(pair[0], pair[1], normalize)
         value = self._reduce(functools.reduce(torch.add, layers))
         return (value, [self._reduce(layer) for layer in layers]) if retPerLayer else value
 
     def distance(self, features0: Features, features1: Features, retPerLayer: bool = False) -> Any:
         """:meth:`forward` on features that :meth:`encode` returned."""
         return self(features0, features1, retPerLayer)
+
+    # -------------------------------------------------------------------------- many images
+
+    def pairwise(self, X: Images, Y: Images | None = None, **options: Any) -> Tensor:
+        """Distances (N, M) between all pairs, from one trunk pass an image instead of a pair.
+
+        See :func:`lpips_fast.pairwise.pairwise` for the arguments.
+        """
+        from .pairwise import pairwise
+
+        return pairwise(self, X, Y, **options)
+
+    def nearest(self, X: Images, gallery: Images, k: int, **options: Any) -> tuple[Tensor, Tensor]:
+        """Distances and positions (N, k) of the k nearest images of a gallery.
+
+        See :func:`lpips_fast.pairwise.nearest` for the arguments.
+        """
+        from .pairwise import nearest
+
+        return nearest(self, X, gallery, k, **options)
+
+    def embed(self, x: Images, **options: Any) -> Tensor:
+        """Vectors (N, D) whose squared Euclidean distance is LPIPS, for a vector index.
+
+        See :func:`lpips_fast.embedding.embed` for the arguments.
+        """
+        from .embedding import embed
+
+        return embed(self, x, **options)
 
 
 def _size(image: Tensor) -> tuple[int, int]:

@@ -275,6 +275,47 @@ class TestGradients:
         assert torch.equal(model(*pair), model(*pair))
 
 
+class TestScaling:
+    """Images to what a trunk takes, in one pass: the bits of the scaling layer."""
+
+    @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16], ids=str)
+    @pytest.mark.parametrize("unit_range", [False, True])
+    def test_same_bits(self, dtype, unit_range):
+        layer = lpips_fast.ScalingLayer()
+        images = [torch.rand(2, 3, 37, 300), torch.rand(1, 3, 37, 300)]
+        views = [
+            images,
+            [image.contiguous(memory_format=torch.channels_last) for image in images],
+            [image[:, :1].expand(-1, 3, -1, -1) for image in images],
+            [image[..., ::2] for image in images],
+            [images[0].transpose(2, 3)],
+        ]
+        for view in views:
+            x = torch.cat(tuple(view))
+            expected = layer(2 * x - 1 if unit_range else x).to(dtype)
+            result = layer.batch(view, unit_range, dtype)
+            assert torch.equal(result, expected)
+            assert result.is_contiguous(memory_format=torch.channels_last)
+            unscaled = layer.batch(view, unit_range, dtype, version="0.0")
+            assert torch.equal(unscaled, (2 * x - 1 if unit_range else x).to(dtype))
+
+    def test_gradients_and_registrations(self):
+        layer = lpips_fast.ScalingLayer().double()
+        images = [torch.rand(n, 3, 4, 5, dtype=torch.float64, requires_grad=True) for n in (2, 1)]
+        for unit_range in (False, True):
+            arguments = (layer.shift, layer.scale, unit_range, torch.float64)
+            operator = torch.ops.lpips_fast.scale_images.default
+            assert torch.autograd.gradcheck(
+                lambda *x, call=operator, rest=arguments: call(list(x), *rest), images
+            )
+            torch.library.opcheck(operator, (images, *arguments))
+
+    def test_refusals(self):
+        layer = lpips_fast.ScalingLayer()
+        with pytest.raises(RuntimeError, match="of one size"):
+            layer.batch([torch.rand(1, 3, 4, 4), torch.rand(1, 3, 4, 5)], False, torch.float32)
+
+
 class TestFeatures:
     """Encode once, compare often: the same bits as the plain call."""
 
@@ -358,11 +399,11 @@ class TestMemory:
             expected = model(a, b)
             inner, seen = model._layers, []
 
-            def small_memory(in0, in1):
+            def small_memory(in0, in1, normalize):
                 seen.append(len(in0))
                 if len(in0) > 2:
                     raise torch.OutOfMemoryError
-                return inner(in0, in1)
+                return inner(in0, in1, normalize)
 
             monkeypatch.setattr(model, "_layers", small_memory)
             torch.testing.assert_close(model(a, b), expected, rtol=2e-6, atol=0)
