@@ -142,7 +142,7 @@ class Build(cpp_extension.BuildExtension):
         nvcc = str(ext.toolkit / "bin" / "nvcc")
         includes = [f"-isystem={path}" for path in cpp_extension.include_paths()]
         objects = []
-        for source in ext.sources:
+        for source in ext.cuda_sources:
             target = str(folder / (Path(source).stem + ".o"))
             self.spawn(
                 [
@@ -182,7 +182,9 @@ class Build(cpp_extension.BuildExtension):
 
 class CUDALibrary(Extension):
     def __init__(self, name: str, sources: list[str], toolkit: Path, gencode: list[str]) -> None:
-        super().__init__(name, sources, depends=[str(p) for p in (ROOT / "csrc").rglob("*h")])
+        # Torch's build demands a CUDA torch of any extension that lists CUDA sources.
+        super().__init__(name, [], depends=[str(p) for p in (ROOT / "csrc").rglob("*h")])
+        self.cuda_sources = sources
         self.toolkit = toolkit
         self.gencode = gencode
 

@@ -13,6 +13,7 @@ from lpips_fast.convolution import _PACKED, conv_relu
 
 CONVOLUTIONS = [
     {"in_channels": 3, "out_channels": 64, "kernel_size": 11, "stride": 4, "padding": 2},
+    {"in_channels": 3, "out_channels": 64, "kernel_size": 3, "stride": 2},
     {"in_channels": 64, "out_channels": 48, "kernel_size": 5, "padding": 2},
     {"in_channels": 33, "out_channels": 65, "kernel_size": 3, "padding": 1},
     {"in_channels": 64, "out_channels": 16, "kernel_size": 1},
@@ -38,13 +39,14 @@ class TestAgainstFloat64:
         x = image(conv, shape).requires_grad_()
         y = conv_relu(conv, x, keep_nan)
         x64 = x.detach().double().requires_grad_()
-        y64 = copy.deepcopy(conv).double()(x64).relu()
-        assert error(y, y64) < 1e-6
+        y64 = copy.deepcopy(conv).double()(x64)
+        assert error(y, y64.relu()) < 1e-6
         with torch.no_grad():
             assert torch.equal(conv_relu(conv, x, keep_nan), y)
         grad = torch.randn_like(y)
         (got,) = torch.autograd.grad(y, x, grad)
-        (expected,) = torch.autograd.grad(y64, x64, grad.double())
+        # Through our own mask: a value within rounding of 0 may fall on either side.
+        (expected,) = torch.autograd.grad(y64, x64, grad.double() * (y > 0))
         assert error(got, expected) < 1e-5
 
     def test_weights_that_learn(self, options, shape, keep_nan):
@@ -52,10 +54,10 @@ class TestAgainstFloat64:
         x = image(conv, shape)
         y = conv_relu(conv, x, keep_nan)
         reference = copy.deepcopy(conv).double()
-        y64 = reference(x.double()).relu()
+        y64 = reference(x.double())
         grad = torch.randn_like(y)
         got = torch.autograd.grad(y, conv.parameters(), grad)
-        expected = torch.autograd.grad(y64, reference.parameters(), grad.double())
+        expected = torch.autograd.grad(y64, reference.parameters(), grad.double() * (y > 0))
         assert all(error(g, e) < 1e-5 for g, e in zip(got, expected))
 
 
