@@ -48,8 +48,8 @@ constexpr int kWarpSize = 32;
   std::abort();
 }
 
-// The order in which blocks, a block's warps and a warp's lanes run between barriers. A kernel whose
-// result depends on it misses a barrier.
+// The order in which blocks, a block's warps and a warp's lanes run between barriers. A kernel
+// whose result depends on it misses a barrier.
 enum class Order { kAscending, kDescending, kShuffled };
 
 enum class State { kReady, kAtWarpBarrier, kAtBlockBarrier, kDone };
@@ -59,7 +59,7 @@ struct Fiber {
   jmp_buf resume;
   bool started = false;
   State state = State::kDone;
-  int shuffle_offset = 0;     // the shuffle it waits in, or 0
+  int shuffle_offset = 0;      // the shuffle it waits in, or 0
   uint64_t exchanged[2] = {};  // what it hands to a shuffle, alternately
   unsigned shuffles = 0;
   std::unique_ptr<char[]> stack;
@@ -189,6 +189,7 @@ T __shfl_xor_sync(unsigned mask, T value, int offset) {
 
 template <typename T>
 T __ldg(const T* address) {
+  if (reinterpret_cast<uintptr_t>(address) % sizeof(T) != 0) emulation::fail("a misaligned load");
   return *address;
 }
 

@@ -99,9 +99,9 @@ int plan_of_layer(int element_size, int operation, const LayerWork* work, int mu
         plan_call(static_cast<Operation>(operation), {*work}, element_size, multiprocessors);
     const Launch& launch = plan.launches[0];
     const LayerTask& task = launch.tasks.layers[0];
-    const int64_t facts[] = {launch.vectors,  launch.blocks, launch.threads,
-                             task.lanes,      task.team_warps, task.slabs,
-                             task.tiles,      task.tile_positions, plan.workspace};
+    const int64_t facts[] = {launch.vectors, launch.blocks,       launch.threads,
+                             task.lanes,     task.team_warps,     task.slabs,
+                             task.tiles,     task.tile_positions, plan.workspace};
     std::copy(std::begin(facts), std::end(facts), out);
     return 0;
   } catch (const std::exception& exception) {

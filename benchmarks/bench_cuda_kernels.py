@@ -1,0 +1,275 @@
+"""Measures the CUDA kernels layer by layer, against memory bandwidth and the formula in torch.
+
+``python benchmarks/bench_cuda_kernels.py`` takes some minutes on one GPU, ``--quick`` less than
+one. It writes ``benchmarks/results/<gpu>-kernels.md`` and ``.json``.
+"""
+
+from __future__ import annotations
+
+import argparse
+import functools
+import gc
+import itertools
+import json
+import math
+import shlex
+import statistics
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import kernel_report
+import machine
+import torch
+import torch.nn.functional as F
+from timing import seconds_of
+from torch import Tensor
+
+from lpips_fast import functional  # noqa: F401  (loads the operators)
+from lpips_fast.trunk import Trunk
+
+HERE = Path(__file__).resolve().parent
+PIXELS, BATCHES = (64, 256, 512), (1, 8, 32)
+EPS = 1e-10
+COPY_BYTES = 1 << 30
+L2_MULTIPLE = 3  # the inputs of all sets together, over the L2 cache
+
+Call = Callable[[], Any]
+
+
+@dataclass(frozen=True)
+class Layer:
+    """One tap of a trunk for a size and number of images."""
+
+    net: str
+    pixels: int
+    batch: int
+    tap: str
+    shape: tuple[int, ...]
+
+    def bytes_moved(self, direction: str, dtype: torch.dtype) -> int:
+        """Bytes that must move: two features read; and two gradients written, backward."""
+        features = 2 * math.prod(self.shape) * dtype.itemsize
+        return features if direction == "forward" else 2 * features
+
+
+def trunk_layers(net: str, pixels: int, batch: int) -> list[Layer]:
+    """The taps of a trunk, from a run of it without memory or arithmetic."""
+    with torch.device("meta"):
+        taps = Trunk(net)(torch.empty(batch, 3, pixels, pixels))
+    return [
+        Layer(net, pixels, batch, name, tuple(tap.shape)) for name, tap in taps._asdict().items()
+    ]
+
+
+def all_layers(quick: bool) -> Iterator[Layer]:
+    """Every distinct shape once, under the first trunk that has it; VGG, which is judged, first."""
+    seen = set()
+    settings = itertools.product(["vgg", "alex", "squeeze"], PIXELS, BATCHES)
+    if quick:
+        settings = itertools.product(["vgg", "alex"], [256], [8])
+    for net, pixels, batch in settings:
+        for layer in trunk_layers(net, pixels, batch):
+            if layer.shape not in seen:
+                seen.add(layer.shape)
+                yield layer
+
+
+# --------------------------------------------------------------------------------- what is timed
+
+
+def original_formula(a: Tensor, b: Tensor, weight: Tensor) -> Tensor:
+    """One layer's averaged distance as lpips 0.1.4 computes it."""
+    norm_a = torch.sqrt(torch.sum(a**2, dim=1, keepdim=True))
+    norm_b = torch.sqrt(torch.sum(b**2, dim=1, keepdim=True))
+    difference = (a / (norm_a + EPS) - b / (norm_b + EPS)) ** 2
+    return F.conv2d(difference, weight.to(a.dtype).view(1, -1, 1, 1)).mean([2, 3], keepdim=True)
+
+
+def make_sets(layer: Layer, dtype: torch.dtype, count: int) -> list[tuple[Tensor, Tensor, Tensor]]:
+    """Independent inputs, channels-last, as a trunk's ReLU would leave them."""
+    sets = []
+    for _ in range(count):
+        a = torch.randn(layer.shape, device="cuda").relu_()
+        b = (a + 0.3 * torch.randn_like(a)).relu_()
+        a, b = (x.to(dtype, memory_format=torch.channels_last) for x in (a, b))
+        sets.append((a, b, torch.rand(layer.shape[1], device="cuda")))
+    return sets
+
+
+def our_call(direction: str, a: Tensor, b: Tensor, weight: Tensor) -> Call:
+    if direction == "forward":
+        return lambda: torch.ops.lpips_fast.distance([a], [b], [weight], EPS)
+    grad = torch.ones(a.shape[0], 1, device=a.device)
+    needs = (True, True, False)
+    return lambda: torch.ops.lpips_fast.distance_backward(grad, [a], [b], [weight], EPS, *needs)
+
+
+def formula_call(
+    direction: str, formula: Callable[..., Tensor], a: Tensor, b: Tensor, weight: Tensor
+) -> Call:
+    if direction == "forward":
+
+        def forward() -> Tensor:
+            with torch.no_grad():
+                return formula(a, b, weight)
+
+        return forward
+    leaves = [a.detach().requires_grad_(), b.detach().requires_grad_()]
+    # A backward runs on the stream of its forward, and so must be captured there.
+    with torch.cuda.stream(capture_stream()):
+        output = formula(*leaves, weight)
+        grad = torch.ones_like(output)
+    return lambda: torch.autograd.grad(output, leaves, grad, retain_graph=True)
+
+
+# ------------------------------------------------------------------------------------------ time
+
+
+@functools.cache
+def capture_stream() -> torch.cuda.Stream:
+    return torch.cuda.Stream()
+
+
+def device_seconds(calls: Sequence[Call], repeats: int) -> float:
+    """Seconds of one call on the device: the median over replays of a graph that makes them all."""
+    torch.cuda.synchronize()
+    with torch.cuda.stream(capture_stream()):
+        for call in calls:
+            call()
+    torch.cuda.synchronize()
+    rounds = max(1, 8 // len(calls))
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph, stream=capture_stream()):
+        for _ in range(rounds):
+            for call in calls:
+                call()
+    for _ in range(3):
+        graph.replay()
+    device = torch.device("cuda")
+    times = [seconds_of(graph.replay, device) for _ in range(repeats)]
+    return statistics.median(times) / (rounds * len(calls))
+
+
+def copy_bandwidth() -> float:
+    """Bytes a second of a large device copy, read and written."""
+    source = torch.empty(COPY_BYTES, dtype=torch.uint8, device="cuda").random_()
+    target = torch.empty_like(source)
+    return 2 * COPY_BYTES / device_seconds([lambda: target.copy_(source)], repeats=11)
+
+
+def measure(
+    layer: Layer, direction: str, dtype: torch.dtype, bandwidth: float, options: argparse.Namespace
+) -> dict[str, Any]:
+    """One line of the results. A formula that fails, out of memory mostly, is left out."""
+    size = layer.bytes_moved("forward", dtype)
+    l2 = torch.cuda.get_device_properties(0).L2_cache_size
+    sets = make_sets(layer, dtype, min(64, max(1, math.ceil(L2_MULTIPLE * l2 / size))))
+    moved = layer.bytes_moved(direction, dtype)
+    seconds = device_seconds([our_call(direction, *s) for s in sets], options.repeats)
+    case: dict[str, Any] = {
+        "net": layer.net,
+        "pixels": layer.pixels,
+        "batch": layer.batch,
+        "layer": layer.tap,
+        "shape": list(layer.shape),
+        "dtype": str(dtype).removeprefix("torch."),
+        "direction": direction,
+        "bytes": moved,
+        "seconds": seconds,
+        "share_of_copy": moved / seconds / bandwidth,
+        "times_eager": None,
+        "times_compiled": None,
+    }
+    formulas = {"times_eager": original_formula}
+    # Compiling takes seconds a shape, so that only what is judged by it is compiled.
+    if kernel_report.is_goal_case(case) and direction == "forward" and not options.no_compile:
+        torch._dynamo.reset()
+        formulas["times_compiled"] = torch.compile(original_formula, dynamic=False)
+    for key, formula in formulas.items():
+        try:
+            calls = [formula_call(direction, formula, *s) for s in sets]
+            case[key] = device_seconds(calls, options.repeats) / seconds
+        except RuntimeError as error:
+            reason = str(error).split("\n")[0]
+            print(f"    not measured: {key}, {layer}: {reason}", file=sys.stderr)
+        calls = []
+        gc.collect()
+        torch.cuda.empty_cache()
+    return case
+
+
+def measure_whole(repeats: int) -> dict[str, Any]:
+    """AlexNet's five layers at 64 pixels, batch 1, in one call: time and launches."""
+    layers = [make_sets(layer, torch.float32, 1)[0] for layer in trunk_layers("alex", 64, 1)]
+    feats0, feats1, weights = (list(group) for group in zip(*layers))
+
+    def call() -> Tensor:
+        return torch.ops.lpips_fast.distance(feats0, feats1, weights, EPS)
+
+    call()
+    torch.cuda.synchronize()
+    activities = [torch.profiler.ProfilerActivity.CPU, torch.profiler.ProfilerActivity.CUDA]
+    with torch.profiler.profile(activities=activities) as profile:
+        call()
+        torch.cuda.synchronize()
+    on_device = torch.autograd.DeviceType.CUDA
+    launches = sum(event.device_type == on_device for event in profile.events())
+    return {"seconds": device_seconds([call], repeats), "launches": launches or None}
+
+
+def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--quick", action="store_true", help="only 256², batch 8")
+    parser.add_argument("--no-compile", action="store_true", help="without torch.compile")
+    parser.add_argument("--repeats", type=int, default=11, help="replays per figure (default 11)")
+    parser.add_argument(
+        "--dtype",
+        action="append",
+        choices=["float32", "float16", "bfloat16"],
+        help="repeatable; default float32 and float16",
+    )
+    parser.add_argument("--output", type=Path, default=HERE / "results", help="folder of results")
+    options = parser.parse_args(arguments)
+    options.dtype = options.dtype or ["float32", "float16"]
+    return options
+
+
+def main() -> None:
+    options = parse_arguments()
+    if not torch.cuda.is_available():
+        sys.exit("bench_cuda_kernels.py needs a CUDA device, and there is none")
+    device = torch.device("cuda")
+    bandwidth = copy_bandwidth()
+    print(f"{machine.name(device)}: copy {bandwidth / 1e9:,.0f} GB/s", file=sys.stderr)
+    results: dict[str, Any] = {
+        "facts": machine.facts(device),
+        "command": shlex.join(["python", "benchmarks/bench_cuda_kernels.py", *sys.argv[1:]]),
+        "copy_bandwidth": bandwidth,
+        "whole": measure_whole(options.repeats),
+        "cases": [],
+    }
+    options.output.mkdir(parents=True, exist_ok=True)
+    stem = options.output / (
+        machine.slug(device) + ("-kernels-quick" if options.quick else "-kernels")
+    )
+    for layer in all_layers(options.quick):
+        for dtype, direction in itertools.product(options.dtype, kernel_report.DIRECTIONS):
+            case = measure(layer, direction, getattr(torch, dtype), bandwidth, options)
+            results["cases"].append(case)
+            print(
+                f"  {case['net']} {case['pixels']} x{case['batch']} {case['layer']} {dtype} "
+                f"{direction}: {case['seconds'] * 1e6:.1f} µs, {case['share_of_copy']:.0%} of copy",
+                file=sys.stderr,
+                flush=True,
+            )
+        # After every layer, so that a run that is cut off leaves what it has.
+        stem.with_suffix(".json").write_text(json.dumps(results, indent=1) + "\n")
+        stem.with_suffix(".md").write_text(kernel_report.markdown(results))
+    print(f"written: {stem}.md", file=sys.stderr)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,195 @@
+// The CUDA implementation of the operator, torch's side: outputs, workspace, the current stream and
+// device. Stable ABI only, so that one build serves every torch from 2.10 on, and so that it
+// compiles, links and loads without a GPU and with a torch built without CUDA.
+#include <cuda_runtime.h>
+
+#include <array>
+#include <atomic>
+
+#include "../lpips_distance.h"
+#include "distance_kernels.cuh"
+
+// Only a torch built with CUDA has this function; weak, so that the library loads in any.
+extern "C" __attribute__((weak)) AOTITorchError
+aoti_torch_get_current_cuda_stream(int32_t device_index, void** ret_stream);
+
+namespace lpips_fast::cuda {
+namespace {
+
+using torch::stable::accelerator::DeviceGuard;
+
+void check(cudaError_t error) {
+  STD_TORCH_CHECK(error == cudaSuccess, "lpips_fast: CUDA error: ", cudaGetErrorString(error));
+}
+
+cudaStream_t current_stream(int32_t device) {
+  STD_TORCH_CHECK(aoti_torch_get_current_cuda_stream != nullptr,
+                  "lpips_fast: this torch is built without CUDA");
+  void* stream = nullptr;
+  STD_TORCH_CHECK(aoti_torch_get_current_cuda_stream(device, &stream) == TORCH_SUCCESS,
+                  "lpips_fast: torch has no current stream for CUDA device ", device);
+  return static_cast<cudaStream_t>(stream);
+}
+
+int multiprocessors(int32_t device) {
+  static std::array<std::atomic<int>, 64> known{};
+  const bool in_table = device >= 0 && device < static_cast<int32_t>(known.size());
+  int count = in_table ? known[device].load(std::memory_order_relaxed) : 0;
+  if (count == 0) {
+    check(cudaDeviceGetAttribute(&count, cudaDevAttrMultiProcessorCount, device));
+    if (in_table) known[device].store(count, std::memory_order_relaxed);
+  }
+  return count;
+}
+
+// Calls body(feature_t{}) for the dtype; check_layers has refused all others.
+template <typename Body>
+void dispatch_feature_dtype(ScalarType dtype, const Body& body) {
+  switch (dtype) {
+    case ScalarType::Double:
+      return body(double{});
+    case ScalarType::Half:
+      return body(__half{});
+    case ScalarType::BFloat16:
+      return body(__nv_bfloat16{});
+    default:
+      return body(float{});
+  }
+}
+
+Tensor empty_accumulators(const std::vector<int64_t>& shape, const Tensor& feat) {
+  return torch::stable::empty(shape, accumulator_dtype(feat.scalar_type()), std::nullopt,
+                              feat.device());
+}
+
+// Partial sums' memory, from torch's allocator: ordered by the current stream, capturable.
+struct Workspace {
+  Tensor memory;
+  void* data = nullptr;
+
+  Workspace(const Plan& plan, const Tensor& feat) {
+    if (plan.workspace == 0) return;
+    memory = empty_accumulators({plan.workspace}, feat);
+    data = memory.mutable_data_ptr();
+  }
+};
+
+std::vector<LayerWork> works_of(const Layers& layers) {
+  std::vector<LayerWork> works;
+  for (const LayerView& layer : layers.views) works.push_back({layer});
+  return works;
+}
+
+void run_distance(Operation operation, const std::vector<LayerWork>& works, const Tensor& feat,
+                  double eps, void* out) {
+  const int32_t device = feat.get_device_index();
+  const Plan plan =
+      plan_call(operation, works, static_cast<int>(feat.element_size()), multiprocessors(device));
+  const Workspace workspace(plan, feat);
+  dispatch_feature_dtype(feat.scalar_type(), [&](auto feature) {
+    launch_distance<decltype(feature)>(plan, eps, workspace.data, out, current_stream(device));
+  });
+  check(cudaGetLastError());
+}
+
+Tensor distance(TensorList feats0, TensorList feats1, TensorList weights, double eps) {
+  check_layers(feats0, feats1, weights);
+  const DeviceGuard guard(feats0[0].get_device_index());
+  const Layers layers = describe_layers(feats0, feats1, weights);
+  const Tensor out =
+      empty_accumulators({feats0[0].size(0), static_cast<int64_t>(feats0.size())}, feats0[0]);
+  run_distance(Operation::kAverage, works_of(layers), feats0[0], eps, out.mutable_data_ptr());
+  return out;
+}
+
+TensorList distance_map(TensorList feats0, TensorList feats1, TensorList weights, double eps) {
+  check_layers(feats0, feats1, weights);
+  const DeviceGuard guard(feats0[0].get_device_index());
+  const Layers layers = describe_layers(feats0, feats1, weights);
+  std::vector<LayerWork> works = works_of(layers);
+  TensorList maps;
+  for (LayerWork& work : works) {
+    maps.push_back(empty_accumulators({work.layer.n, 1, work.layer.h, work.layer.w}, feats0[0]));
+    work.map = maps.back().mutable_data_ptr();
+  }
+  run_distance(Operation::kMap, works, feats0[0], eps, nullptr);
+  return maps;
+}
+
+// Allocates what is asked for, runs, and returns it in the contract's order. `works` have their
+// upstream gradients.
+TensorList run_backward(std::vector<LayerWork> works, const TensorList& feats0,
+                        const TensorList& weights, double eps, bool need_feats0, bool need_feats1,
+                        bool need_weights) {
+  TensorList grads0, grads1, grads_weight;
+  for (size_t l = 0; l < works.size(); ++l) {
+    LayerWork& work = works[l];
+    if (need_feats0) {
+      grads0.push_back(empty_gradient(feats0[l], work.layer.order));
+      work.grad0 = gradient_view_of(grads0.back());
+    }
+    if (need_feats1) {
+      grads1.push_back(empty_gradient(feats0[l], work.layer.order));
+      work.grad1 = gradient_view_of(grads1.back());
+    }
+    if (need_weights) {
+      grads_weight.push_back(empty_accumulators({weights[l].size(0)}, feats0[l]));
+      work.grad_weight = grads_weight.back().mutable_data_ptr();
+    }
+  }
+  if (need_feats0 || need_feats1 || need_weights) {
+    const int32_t device = feats0[0].get_device_index();
+    const Plan plan =
+        plan_call(Operation::kBackward, works, static_cast<int>(feats0[0].element_size()),
+                  multiprocessors(device));
+    const Workspace workspace(plan, feats0[0]);
+    dispatch_feature_dtype(feats0[0].scalar_type(), [&](auto feature) {
+      launch_backward<decltype(feature)>(plan, eps, workspace.data, current_stream(device));
+    });
+    check(cudaGetLastError());
+  }
+  TensorList all = grads0;
+  all.insert(all.end(), grads1.begin(), grads1.end());
+  all.insert(all.end(), grads_weight.begin(), grads_weight.end());
+  return all;
+}
+
+TensorList distance_backward(Tensor grad, TensorList feats0, TensorList feats1, TensorList weights,
+                             double eps, bool need_feats0, bool need_feats1, bool need_weights) {
+  check_layers(feats0, feats1, weights);
+  check_distance_gradient(grad, feats0);
+  const DeviceGuard guard(feats0[0].get_device_index());
+  const Layers layers = describe_layers(feats0, feats1, weights);
+  std::vector<LayerWork> works = works_of(layers);
+  const size_t step = static_cast<size_t>(grad.stride(1)) * grad.element_size();
+  for (size_t l = 0; l < works.size(); ++l) {
+    works[l].upstream = {static_cast<const char*>(grad.const_data_ptr()) + l * step, grad.stride(0),
+                         0, 0};
+    works[l].upstream_scale = 1.0 / static_cast<double>(works[l].layer.h * works[l].layer.w);
+  }
+  return run_backward(works, feats0, weights, eps, need_feats0, need_feats1, need_weights);
+}
+
+TensorList distance_map_backward(TensorList grads, TensorList feats0, TensorList feats1,
+                                 TensorList weights, double eps, bool need_feats0, bool need_feats1,
+                                 bool need_weights) {
+  check_layers(feats0, feats1, weights);
+  check_map_gradients(grads, feats0);
+  const DeviceGuard guard(feats0[0].get_device_index());
+  const Layers layers = describe_layers(feats0, feats1, weights);
+  std::vector<LayerWork> works = works_of(layers);
+  for (size_t l = 0; l < works.size(); ++l)
+    works[l].upstream = {grads[l].const_data_ptr(), grads[l].stride(0), grads[l].stride(2),
+                         grads[l].stride(3)};
+  return run_backward(works, feats0, weights, eps, need_feats0, need_feats1, need_weights);
+}
+
+}  // namespace
+}  // namespace lpips_fast::cuda
+
+STABLE_TORCH_LIBRARY_IMPL(lpips_fast, CUDA, m) {
+  m.impl("distance", TORCH_BOX(&lpips_fast::cuda::distance));
+  m.impl("distance_backward", TORCH_BOX(&lpips_fast::cuda::distance_backward));
+  m.impl("distance_map", TORCH_BOX(&lpips_fast::cuda::distance_map));
+  m.impl("distance_map_backward", TORCH_BOX(&lpips_fast::cuda::distance_map_backward));
+}

@@ -1,0 +1,83 @@
+// The kernels' front door, free of torch: runs a plan (launch_plan.h) on a stream.
+//
+//   channels_last_kernels.cuh   channels_first_kernels.cuh   partial_sum_kernels.cuh
+//
+// Nothing here waits for the device or allocates: a call may be captured in a CUDA graph.
+#pragma once
+
+#include "channels_first_kernels.cuh"
+#include "channels_last_kernels.cuh"
+#include "launch_plan.h"
+#include "partial_sum_kernels.cuh"
+
+// The tests' emulation puts its own launch here.
+#ifndef LPIPS_FAST_LAUNCH
+#define LPIPS_FAST_LAUNCH(kernel, blocks, threads, stream, tasks) \
+  kernel<<<blocks, threads, 0, stream>>>(tasks)
+#endif
+
+namespace lpips_fast::cuda {
+
+// `out` is (N, L) for averaged distances; maps are in the plan. `workspace` has plan.workspace
+// accumulators.
+template <typename T, typename Stream>
+void launch_distance(const Plan& plan, double eps, void* workspace, void* out, Stream stream) {
+  using A = accumulator_t<T>;
+  for (const Launch& launch : plan.launches) {
+    LayerTasks tasks = launch.tasks;
+    tasks.eps = eps;
+    tasks.sums = launch.writes_means ? out : workspace;
+    if (launch.blocks > 0) {
+      const auto run = [&](auto kernel) {
+        LPIPS_FAST_LAUNCH(kernel, launch.blocks, launch.threads, stream, tasks);
+      };
+      if (launch.order == MemoryOrder::kChannelsLast) {
+        run(launch.vectors ? channels_last_distance<T, true> : channels_last_distance<T, false>);
+      } else {
+        run(launch.vectors ? channels_first_distance<T, true> : channels_first_distance<T, false>);
+      }
+    }
+    if (launch.mean_blocks > 0) {
+      MeanTasks means = launch.means;
+      means.sums = workspace;
+      means.out = out;
+      LPIPS_FAST_LAUNCH(mean_of_partial_sums<A>, launch.mean_blocks, kMeanThreads, stream, means);
+    }
+  }
+}
+
+template <typename T, typename Stream>
+void launch_backward(const Plan& plan, double eps, void* workspace, Stream stream) {
+  using A = accumulator_t<T>;
+  for (const Launch& launch : plan.launches) {
+    LayerTasks tasks = launch.tasks;
+    tasks.eps = eps;
+    tasks.workspace = workspace;
+    const bool weights = launch.weight_blocks > 0;
+    if (launch.blocks > 0) {
+      const auto run = [&](auto kernel) {
+        LPIPS_FAST_LAUNCH(kernel, launch.blocks, launch.threads, stream, tasks);
+      };
+      const auto choose = [&](auto plain, auto with_weights) {
+        run(weights ? with_weights : plain);
+      };
+      if (launch.order == MemoryOrder::kChannelsLast && launch.vectors) {
+        choose(channels_last_backward<T, true, false>, channels_last_backward<T, true, true>);
+      } else if (launch.order == MemoryOrder::kChannelsLast) {
+        choose(channels_last_backward<T, false, false>, channels_last_backward<T, false, true>);
+      } else if (launch.vectors) {
+        choose(channels_first_backward<T, true, false>, channels_first_backward<T, true, true>);
+      } else {
+        choose(channels_first_backward<T, false, false>, channels_first_backward<T, false, true>);
+      }
+    }
+    if (weights) {
+      WeightTasks rows = launch.weights;
+      rows.workspace = workspace;
+      LPIPS_FAST_LAUNCH(sum_of_weight_rows<A>, launch.weight_blocks,
+                        kWeightSumChannels * kWeightSumRows, stream, rows);
+    }
+  }
+}
+
+}  // namespace lpips_fast::cuda
