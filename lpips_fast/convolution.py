@@ -16,6 +16,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from . import ops
+
 
 def conv_relu(conv: nn.Conv2d, x: Tensor, keep_nan: bool = False) -> Tensor:
     """``relu(conv(x))`` for a channels-last batch of images.
@@ -37,13 +39,9 @@ def conv_relu(conv: nn.Conv2d, x: Tensor, keep_nan: bool = False) -> Tensor:
 
 def _onednn_dtype(conv: nn.Conv2d, x: Tensor) -> torch.dtype | None:
     """The dtype to call oneDNN in, or None where it is not the path to take."""
-    if torch.compiler.is_compiling() or x.device.type != "cpu" or x.numel() == 0:
+    if not ops.is_eager() or x.device.type != "cpu" or x.numel() == 0:
         return None
-    if (
-        not torch.backends.mkldnn.is_available()
-        or torch._C._are_functorch_transforms_active()
-        or type(x) is not Tensor
-    ):
+    if not torch.backends.mkldnn.is_available() or type(x) is not Tensor:
         return None
     if torch.is_autocast_enabled("cpu"):
         dtype = torch.get_autocast_dtype("cpu")

@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from . import functional
+from . import functional, ops
 from .features import Features
 from .inputs import as_rgb_batch, check_same_size, common_batch, warn_of_values
 from .trunk import Trunk, minimum_size, tap_channels, trunk_spec
@@ -67,8 +67,7 @@ class ScalingLayer(nn.Module):
             (sum of N_k, 3, H, W). The same numbers as by :meth:`forward`, in one pass over memory
             on the CPU.
         """
-        plain = torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active()
-        if self.shift.device.type == "cpu" and not plain:
+        if self.shift.device.type == "cpu" and ops.is_eager():
             shift, scale = self.shift, self.scale
             if version == "0.0":
                 shift, scale = torch.zeros_like(shift), torch.ones_like(scale)
@@ -311,7 +310,7 @@ class LPIPS(nn.Module):
         split = [len(in0), len(in1)]
         size = _size(in0)
         taps = self._taps((in0, in1), normalize)
-        if self._needs_graph(in0) or in0.numel() < _STREAMED_FROM or torch.compiler.is_compiling():
+        if self._needs_graph(in0) or in0.numel() < _STREAMED_FROM or not ops.is_eager():
             pairs = [_broadcast(*tap.split(split)) for tap in taps]
             return self._per_layer([a for a, _ in pairs], [b for _, b in pairs], size)
         # A tap is consumed as soon as it exists, and its memory goes back.

@@ -57,6 +57,19 @@ def has_kernel(device: torch.device) -> bool:
     return device.type == "cpu" or (device.type == "cuda" and "_cuda" in LOADED_LIBRARIES)
 
 
+def is_eager() -> bool:
+    """Whether a call is just run, not compiled, exported, traced or transformed.
+
+    Those want torch's own operators around the distance: they fuse them, translate them, or know
+    how to transform them.
+    """
+    return not (
+        torch.compiler.is_compiling()
+        or torch.jit.is_tracing()
+        or torch._C._are_functorch_transforms_active()
+    )
+
+
 # ------------------------------------------------------------------------------- fake kernels
 
 

@@ -18,7 +18,7 @@ import torch
 import torch.utils.checkpoint
 from torch import Tensor, nn
 
-from . import ops  # noqa: F401  (registers max_pool2d)
+from . import ops
 from .convolution import conv_relu
 
 IMAGE_CHANNELS = 3
@@ -135,7 +135,7 @@ class MaxPool2d(nn.MaxPool2d):
     """Max-pooling by our own kernel on the CPU, which needs no tensor of indices."""
 
     def forward(self, input: Tensor) -> Tensor:
-        if input.device.type != "cpu" or torch.compiler.is_compiling():
+        if input.device.type != "cpu" or not ops.is_eager():
             return super().forward(input)
         return torch.ops.lpips_fast.max_pool2d(input, self.kernel_size, self.stride, self.ceil_mode)
 

@@ -447,6 +447,26 @@ class TestCompile:
         expected.sum().backward()
         assert (x.grad - y.grad).norm() / y.grad.norm() < 1e-3
 
+    @pytest.mark.filterwarnings("ignore::torch.jit.TracerWarning")
+    def test_trace(self, model, pair):
+        with torch.no_grad():
+            traced = torch.jit.trace(model, pair)
+            torch.testing.assert_close(traced(*pair), model(*pair), rtol=1e-5, atol=0)
+
+    def test_after_inference_mode(self, model, pair):
+        with torch.inference_mode():
+            expected = model(*pair)
+        x = pair[0].clone().requires_grad_()
+        result = model(x, pair[1])
+        result.sum().backward()
+        torch.testing.assert_close(result, expected.clone(), rtol=1e-5, atol=0)
+
+    def test_second_derivative(self, model, pair):
+        x = pair[0].clone().requires_grad_()
+        (grad,) = torch.autograd.grad(model(x, pair[1]).sum(), x, create_graph=True)
+        grad.square().sum().backward()
+        assert x.grad.isfinite().all() and x.grad.abs().max() > 0
+
     def test_export(self, model, pair):
         program = torch.export.export(model, pair)
         torch.testing.assert_close(program.module()(*pair), model(*pair))
