@@ -1,6 +1,6 @@
 """LPIPS, several times faster: ``import lpips_fast as lpips`` and go on."""
 
-from . import functional
+from . import functional, pairwise
 from .compat import (
     DSSIM,
     L2,
@@ -45,6 +45,7 @@ __all__ = [
     "load_image",
     "normalize_tensor",
     "np2tensor",
+    "pairwise",
     "print_network",
     "psnr",
     "rgb2lab",

@@ -18,13 +18,23 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from .. import __version__
-from . import info, pair
+from . import bench, dirs, evaluate, info, map, pair, pairwise, train, weights
 from .command import PROGRAM, Command, CommandError, sentence, show_warning, tell
 
 __all__ = ["COMMANDS", "Command", "CommandError", "main"]
 
 #: Every sub-command by name, in the order in which ``--help`` lists them.
-COMMANDS: dict[str, Command] = {"pair": pair.COMMAND, "info": info.COMMAND}
+COMMANDS: dict[str, Command] = {
+    "pair": pair.COMMAND,
+    "dirs": dirs.COMMAND,
+    "pairwise": pairwise.COMMAND,
+    "map": map.COMMAND,
+    "weights": weights.COMMAND,
+    "bench": bench.COMMAND,
+    "info": info.COMMAND,
+    "train": train.COMMAND,
+    "evaluate": evaluate.COMMAND,
+}
 
 
 def main(argv: Sequence[str] | None = None) -> int:
