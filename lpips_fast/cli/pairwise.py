@@ -117,9 +117,9 @@ def _run(options: argparse.Namespace) -> None:
     else:
         print_to(_words(options, images, report), sys.stdout)
     if images.unreadable:
-        unreadable = len(images.unreadable)
+        lost = len(images.unreadable)
         raise CommandError(
-            f"{unreadable} of {len(names)} images could not be read and {'is' if unreadable == 1 else 'are'} "
+            f"{lost} of {len(names)} images could not be read and {'is' if lost == 1 else 'are'} "
             "not part of the result"
         )
 
