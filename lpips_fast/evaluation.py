@@ -227,7 +227,11 @@ class Evaluation:
     def _check_folders(self) -> None:
         for folder in self.folders:
             # A share that was unmounted leaves an empty folder behind.
-            if not folder.is_dir() or not any(folder.iterdir()):
+            try:
+                holds_something = any(folder.iterdir())
+            except OSError:  # gone, or going
+                holds_something = False
+            if not holds_something:
                 raise FolderGoneError(f"the folder {folder} is gone, or empty now")
 
     # ---------------------------------------------------------------------------- one batch

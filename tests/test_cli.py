@@ -389,9 +389,9 @@ def test_help(run: Any, arguments: list[str]) -> None:
 
 
 def test_help_lists_every_command(run: Any) -> None:
-    out = run("--help")[1]
+    out = " ".join(run("--help")[1].split())  # argparse breaks long lines
     for name, command in cli.COMMANDS.items():
-        assert name in out and command.summary in out
+        assert f"{name} {command.summary}" in out
 
 
 @pytest.mark.parametrize("option", ["--package-version", "--version"])

@@ -366,9 +366,11 @@ def test_usage_errors(
 
 # ------------------------------------------------------------------------------- interruptions
 
-# The command line, slowed down so that there is time to interrupt it.
+# The command line, slowed down so that there is time to interrupt it, and listening to Ctrl-C even
+# where the tests themselves run in the background, whose children a shell tells to ignore it.
 SLOW = """
-import sys, time
+import signal, sys, time
+signal.signal(signal.SIGINT, signal.default_int_handler)
 from lpips_fast import cli, evaluation
 measure = evaluation.Evaluation.measure
 def slow(self, pairs):
