@@ -5,10 +5,10 @@ a CPU every thread computes on one core: while one decodes, the others compute, 
 for the slices of another's convolution. On a GPU the threads decode and take turns to compute.
 
 The last bits of a convolution can depend on the shape of the batch and on the number of cores that
-share it (SqueezeNet's on a CPU do). Here both are functions of the list of pairs and of ``batch``
-alone: a chunk's borders, and how the images of one size within it are batched. So the same list
-gives the same bits on any number of threads, in any number of processes, and when an interrupted
-run goes on at a later chunk.
+share it (torch's own of SqueezeNet on a CPU do). Here both are functions of the list of pairs and
+of ``batch`` alone: a chunk's borders, and how the images of one size within it are batched. So the
+same list gives the same bits on any number of threads, in any number of processes, and when an
+interrupted run goes on at a later chunk.
 """
 
 from __future__ import annotations

@@ -420,9 +420,9 @@ def test_a_signal_leaves_whole_rows_and_the_run_goes_on_to_the_same_bytes(
     assert output.read_bytes() == whole.read_bytes()
 
 
-def test_a_run_that_was_killed_goes_on_to_the_same_bytes(
-    folders: tuple[Path, Path], tmp_path: Path
-) -> None:
+def test_a_run_that_was_killed_goes_on_to_the_same_bytes(tmp_path: Path) -> None:
+    # Enough for chunks of several pairs, so that the file may end within one.
+    folders = make_folders(tmp_path, [f"{i}.png" for i in range(200)], sizes=[(32, 32)])
     output = tmp_path / "out.csv"
     arguments = ("dirs", *folders, "-o", output, "--random-trunk", "--net", "squeeze")
     assert call(*arguments) == 0
