@@ -47,6 +47,9 @@ def random_pair(shape, dtype, order, spread: float = 0.5) -> tuple[Tensor, Tenso
         return in_order(signed[0].to(dtype), order), in_order(signed[1].to(dtype), order)
     a = torch.randn(shape, dtype=torch.float64).relu() + 0.01
     b = (a + spread * torch.randn(shape, dtype=torch.float64)).relu() + 0.01
+    # Of few channels, many vectors would be parallel: their distance is nothing but rounding.
+    a[:, -1] += 1
+    b[:, 0] += 1
     return in_order(a.to(dtype), order), in_order(b.to(dtype), order)
 
 
@@ -109,7 +112,9 @@ class TestAgainstFloat64:
             tolerance = {torch.float64: 1e-12}.get(dtype, 3e-6)  # of the accumulator
             if name != "w":
                 tolerance = GRADIENT_TOLERANCE.get(dtype, tolerance)  # of what is stored
-            assert (got.double() - reference).norm() < tolerance * scale, name
+            # Below float16's normal numbers an error is a step of 2^-24, however small the value.
+            step = 2**-24 * got.numel() ** 0.5 if got.dtype == torch.float16 else 0
+            assert (got.double() - reference).norm() < tolerance * scale + step, name
 
     @staticmethod
     def scales_of_terms(a, b, w, grad):
