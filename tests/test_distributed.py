@@ -96,7 +96,8 @@ def test_a_rank_that_is_lost_is_told_and_what_was_written_stays(
     written = rows_of(many)
     assert 0 < len(written) < 130
     if how == "fails":
-        assert "lpips-fast: error: its disk is on fire\n" in err
+        # By itself, or by rank 0, after which torchrun may end it before it has spoken.
+        assert "its disk is on fire" in err
     # Rank 0 finds the connection closed, or torchrun ends it for what happened to rank 1.
     told = (
         "lpips-fast: error: rank 1 died; ",
