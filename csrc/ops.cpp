@@ -19,4 +19,8 @@ STABLE_TORCH_LIBRARY(lpips_fast, m) {
       "scale_images(Tensor[] images, Tensor shift, Tensor scale, bool unit_range, ScalarType "
       "dtype) "
       "-> Tensor");
+  m.def("winograd_pack(Tensor weight) -> Tensor");
+  m.def(
+      "winograd_conv3x3(Tensor x, Tensor packed, Tensor? bias, bool relu, Tensor? mask, "
+      "int out_channels, Tensor? add=None) -> Tensor");
 }

@@ -57,6 +57,11 @@ def has_kernel(device: torch.device) -> bool:
     return device.type == "cpu" or (device.type == "cuda" and "_cuda" in LOADED_LIBRARIES)
 
 
+def has_wide_vectors() -> bool:
+    """Whether the CPU kernels were compiled for AVX2 or AVX512, not for any CPU."""
+    return LOADED_LIBRARIES[0] != "_cpu_default"
+
+
 def is_eager() -> bool:
     """Whether a call is just run, not compiled, exported, traced or transformed.
 
@@ -253,6 +258,23 @@ torch.library.register_autograd("lpips_fast::max_pool2d", _pool_backward, setup_
 torch.library.register_autograd(
     "lpips_fast::max_pool2d_backward", _pool_double_backward, setup_context=_save_pool_backward
 )
+
+
+# ------------------------------------------------------------------------------ convolution
+
+
+@torch.library.register_fake("lpips_fast::winograd_conv3x3")
+def _(
+    x: Tensor,
+    packed: Tensor,
+    bias: Tensor | None,
+    relu: bool,
+    mask: Tensor | None,
+    out_channels: int,
+    add: Tensor | None = None,
+) -> Tensor:
+    shape = (x.shape[0], out_channels, *x.shape[2:])
+    return torch.empty(shape, dtype=x.dtype, device=x.device, memory_format=torch.channels_last)
 
 
 # ---------------------------------------------------------------------------- image scaling

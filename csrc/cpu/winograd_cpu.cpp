@@ -1,0 +1,156 @@
+// Torch's side of Winograd's convolution: checks, packing, work division, registration.
+#include <algorithm>
+#include <cstdint>
+#include <optional>
+
+#include "../stable_abi.h"
+#include "winograd_kernels.h"
+
+namespace lpips_fast {
+namespace {
+
+using torch::headeronly::MemoryFormat;
+using torch::headeronly::ScalarType;
+using torch::stable::parallel_for;
+using torch::stable::Tensor;
+
+// What a block of tiles may take between its phases: as much as an L3 cache holds beside the
+// weights, since more tiles share one read of them.
+constexpr int64_t kBlockFloats = 5 * 1024 * 1024;
+constexpr int64_t kMinimumTiles = 48;
+constexpr int64_t kElementsPerTask = 16 * 1024;
+
+int64_t padded(int64_t channels) {
+  const int64_t width = winograd_panel_width();
+  return (channels + width - 1) / width * width;
+}
+
+Tensor empty(std::initializer_list<int64_t> shape, const Tensor& like) {
+  return torch::stable::empty(shape, ScalarType::Float, std::nullopt, like.device());
+}
+
+// (C_out, C_in, 3, 3) to (36, panels, C_in, width): as the products read it, columns without a
+// channel zero.
+Tensor winograd_pack(Tensor weight) {
+  STD_TORCH_CHECK(weight.dim() == 4 && weight.size(2) == 3 && weight.size(3) == 3 &&
+                      weight.scalar_type() == ScalarType::Float,
+                  "winograd_pack takes a float32 weight (C_out, C_in, 3, 3)");
+  const int64_t out_channels = weight.size(0), in_channels = weight.size(1);
+  const int64_t width = winograd_panel_width(), panels = padded(out_channels) / width;
+  const Tensor packed = empty({kElements, panels, in_channels, width}, weight);
+  const auto* from = static_cast<const float*>(weight.const_data_ptr());
+  auto* to = static_cast<float*>(packed.mutable_data_ptr());
+  const int64_t element_stride = panels * in_channels * width;
+  parallel_for(0, panels, 1, [&](int64_t first, int64_t last) {
+    for (int64_t panel = first; panel < last; ++panel) {
+      for (int64_t k = 0; k < in_channels; ++k) {
+        for (int64_t j = 0; j < width; ++j) {
+          const int64_t o = panel * width + j;
+          float* target = to + (panel * in_channels + k) * width + j;
+          if (o < out_channels) {
+            winograd_transform_weight(from + o * weight.stride(0) + k * weight.stride(1),
+                                      weight.stride(2), weight.stride(3), target, element_stride);
+          } else {
+            for (int64_t e = 0; e < kElements; ++e) target[e * element_stride] = 0;
+          }
+        }
+      }
+    }
+  });
+  return packed;
+}
+
+const float* pointer_to(const std::optional<Tensor>& t) {
+  return t ? static_cast<const float*>(t->const_data_ptr()) : nullptr;
+}
+
+// An argument with an element for each of the result's, in the result's order.
+std::optional<Tensor> like_the_result(const std::optional<Tensor>& t, const Tensor& x,
+                                      int64_t out_channels) {
+  if (!t) return t;
+  STD_TORCH_CHECK(t->dim() == 4 && t->size(0) == x.size(0) && t->size(1) == out_channels &&
+                      t->size(2) == x.size(2) && t->size(3) == x.size(3) &&
+                      t->scalar_type() == ScalarType::Float,
+                  "mask and add must have the shape and dtype of the result");
+  return torch::stable::contiguous(*t, MemoryFormat::ChannelsLast);
+}
+
+Tensor winograd_conv3x3(Tensor x, Tensor packed, std::optional<Tensor> bias, bool relu,
+                        std::optional<Tensor> mask, int64_t out_channels,
+                        std::optional<Tensor> add) {
+  STD_TORCH_CHECK(x.dim() == 4 && x.scalar_type() == ScalarType::Float,
+                  "winograd_conv3x3 takes float32 images (N, C, H, W)");
+  const int64_t width = winograd_panel_width();
+  const int64_t product_channels = padded(out_channels), panels = product_channels / width;
+  STD_TORCH_CHECK(packed.dim() == 4 && packed.size(0) == kElements && packed.size(1) == panels &&
+                      packed.size(2) == x.size(1) && packed.size(3) == width &&
+                      packed.is_contiguous() && packed.scalar_type() == ScalarType::Float,
+                  "the weight was not packed for ", x.size(1), " to ", out_channels, " channels");
+  STD_TORCH_CHECK(!bias || (bias->dim() == 1 && bias->size(0) == out_channels &&
+                            bias->is_contiguous() && bias->scalar_type() == ScalarType::Float),
+                  "expected a contiguous float32 bias of ", out_channels, " channels");
+  x = torch::stable::contiguous(x, MemoryFormat::ChannelsLast);
+  mask = like_the_result(mask, x, out_channels);
+  add = like_the_result(add, x, out_channels);
+  const Tensor y =
+      torch::stable::empty({x.size(0), out_channels, x.size(2), x.size(3)}, ScalarType::Float,
+                           std::nullopt, x.device(), std::nullopt, MemoryFormat::ChannelsLast);
+  const WinogradImage image{x.size(2), x.size(3), x.size(1), out_channels};
+  const int64_t in_tiles = image.tiles(), all_tiles = x.size(0) * in_tiles;
+  if (all_tiles == 0) return y;
+  const int64_t per_tile = kElements * (image.in_channels + product_channels);
+  // Blocks of one size, the last perhaps smaller.
+  const int64_t limit = std::max(kMinimumTiles, kBlockFloats / per_tile);
+  const int64_t blocks = (all_tiles + limit - 1) / limit;
+  const int64_t block = (all_tiles + blocks - 1) / blocks;
+  const Tensor inputs = empty({kElements, block, image.in_channels}, x);
+  const Tensor products = empty({kElements, block, product_channels}, x);
+
+  const auto* images = static_cast<const float*>(x.const_data_ptr());
+  const auto* weights = static_cast<const float*>(packed.const_data_ptr());
+  auto* u = static_cast<float*>(inputs.mutable_data_ptr());
+  auto* m = static_cast<float*>(products.mutable_data_ptr());
+  auto* results = static_cast<float*>(y.mutable_data_ptr());
+  const int64_t in_size = image.height * image.width * image.in_channels;
+  const int64_t out_size = image.height * image.width * out_channels;
+  const float *biases = pointer_to(bias), *addends = pointer_to(add), *masks = pointer_to(mask);
+  const auto grain = [](int64_t floats) { return std::max<int64_t>(1, kElementsPerTask / floats); };
+
+  for (int64_t begin = 0; begin < all_tiles; begin += block) {
+    const int64_t count = std::min(block, all_tiles - begin);
+    const int64_t u_stride = count * image.in_channels, m_stride = count * product_channels;
+    parallel_for(0, count, grain(kElements * image.in_channels), [&](int64_t first, int64_t last) {
+      for (int64_t t = first; t < last; ++t) {
+        winograd_transform_input(images + (begin + t) / in_tiles * in_size, image,
+                                 (begin + t) % in_tiles, u + t * image.in_channels, u_stride);
+      }
+    });
+    parallel_for(
+        0, kElements * panels, grain(count * image.in_channels), [&](int64_t first, int64_t last) {
+          for (int64_t task = first; task < last; ++task) {
+            const int64_t element = task / panels, panel = task % panels;
+            winograd_multiply_panel(
+                u + element * u_stride, weights + task * image.in_channels * width,
+                m + element * m_stride + panel * width, count, image.in_channels, product_channels);
+          }
+        });
+    parallel_for(0, count, grain(kElements * product_channels), [&](int64_t first, int64_t last) {
+      for (int64_t t = first; t < last; ++t) {
+        const int64_t of_image = (begin + t) / in_tiles * out_size;
+        const WinogradEpilogue epilogue{biases, addends ? addends + of_image : nullptr, relu,
+                                        masks ? masks + of_image : nullptr};
+        winograd_transform_output(m + t * product_channels, m_stride, image, (begin + t) % in_tiles,
+                                  epilogue, results + of_image);
+      }
+    });
+  }
+  return y;
+}
+
+}  // namespace
+}  // namespace lpips_fast
+
+STABLE_TORCH_LIBRARY_IMPL(lpips_fast, CPU, m) {
+  m.impl("winograd_pack", TORCH_BOX(&lpips_fast::winograd_pack));
+  m.impl("winograd_conv3x3", TORCH_BOX(&lpips_fast::winograd_conv3x3));
+}
