@@ -1,7 +1,7 @@
 """How much memory one call adds at its peak: ours beside the original.
 
 On a CUDA device the allocator tells. On the CPU each figure comes from a process of its own:
-it calls once on tiny images, so that libraries and prepared weights are in place; has Linux forget
+it calls once on small images, so that libraries and prepared weights are in place; has Linux forget
 the highest memory use so far; calls; and reads how far above the start memory use went.
 """
 
@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import argparse
 import concurrent.futures
+import ctypes
 import gc
 import os
 import subprocess
@@ -22,7 +23,7 @@ from contenders import UnavailableError, build_other, build_ours, image_pair
 
 PACKAGES = ("lpips_fast", "lpips")
 MODES = ("forward", "step")
-TINY = 64
+SMALL = 160  # every convolution already goes the way that it goes at larger sizes
 MIB = 2**20
 
 
@@ -55,9 +56,13 @@ def measure(package: str, net: str, height: int, width: int, batch: int, mode: s
         image.requires_grad_()
         return lambda: torch.autograd.grad(model(image, target).mean(), image)
 
-    prepare(TINY, TINY, 1)()
+    # Weights are packed once for small and once for large images.
+    prepare(SMALL, SMALL, 1)()
+    prepare(min(height, SMALL), min(width, SMALL), 1)()
     call = prepare(height, width, batch)
     gc.collect()
+    if device.type == "cpu":
+        ctypes.CDLL(None).malloc_trim(0)  # what was freed goes back, to be counted anew
     if device.type == "cuda":
         torch.cuda.synchronize()
         torch.cuda.empty_cache()
@@ -79,7 +84,7 @@ def _status(name: str) -> int:
     raise OSError(f"/proc/self/status has no {name}")
 
 
-def _in_a_process(package: str, net: str, height: int, width: int, batch: int, mode: str) -> int:
+def in_a_process(package: str, net: str, height: int, width: int, batch: int, mode: str) -> int:
     # Without the threshold glibc keeps freed blocks for itself, and their number would be measured.
     environment = {**os.environ, "MALLOC_MMAP_THRESHOLD_": "65536"}
     arguments = [package, net, str(height), str(width), str(batch), mode]
@@ -105,7 +110,7 @@ def measure_all(device_type: str, quick: bool = False) -> list[dict[str, Any]]:
     def fill(entry: dict[str, Any]) -> None:
         arguments = [entry[k] for k in ("net", "height", "width", "batch", "mode")]
         try:
-            entry["bytes"] = {p: _in_a_process(p, *arguments) for p in PACKAGES}
+            entry["bytes"] = {p: in_a_process(p, *arguments) for p in PACKAGES}
         except RuntimeError as error:
             entry["error"] = str(error)
 

@@ -13,6 +13,9 @@ STABLE_TORCH_LIBRARY(lpips_fast, m) {
   m.def(
       "distance_map_backward(Tensor[] grads, Tensor[] feats0, Tensor[] feats1, Tensor[] weights, "
       "float eps, bool need_feats0, bool need_feats1, bool need_weights) -> Tensor[]");
+  m.def(
+      "tap_backward(Tensor grad, Tensor? deeper, Tensor feat0, Tensor feat1, Tensor weight, "
+      "float eps, bool need_weight) -> Tensor[]");
   m.def("max_pool2d(Tensor x, int kernel, int stride, bool ceil_mode) -> Tensor");
   m.def("max_pool2d_backward(Tensor grad, Tensor x, Tensor y, int kernel, int stride) -> Tensor");
   m.def(
@@ -21,6 +24,6 @@ STABLE_TORCH_LIBRARY(lpips_fast, m) {
       "-> Tensor");
   m.def("winograd_pack(Tensor weight) -> Tensor");
   m.def(
-      "winograd_conv3x3(Tensor x, Tensor packed, Tensor? bias, bool relu, Tensor? mask, "
-      "int out_channels, Tensor? add=None) -> Tensor");
+      "winograd_conv2d(Tensor x, Tensor packed, Tensor? bias, bool relu, Tensor? mask, "
+      "int out_channels, int kernel, Tensor? add=None) -> Tensor");
 }

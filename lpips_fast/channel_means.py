@@ -20,8 +20,8 @@ from torch import Tensor
 from tqdm import tqdm
 
 from . import composed, ops
-from .composed import EPS, normalize_tensor
 from .judgements import load_batches
+from .normalization import EPS, Normalization, check_normalization, normalize_features
 from .weights import WeightsError
 
 if TYPE_CHECKING:
@@ -31,12 +31,15 @@ __all__ = ["CachedTriplets", "cache_triplets", "channel_means", "dropout_deviati
 
 
 @torch.no_grad()
-def channel_means(feats0: Sequence[Tensor], feats1: Sequence[Tensor]) -> list[Tensor]:
+def channel_means(
+    feats0: Sequence[Tensor], feats1: Sequence[Tensor], normalization: Normalization = "l2"
+) -> list[Tensor]:
     """Mean over positions of the normalised features' squared difference, per image and channel.
 
     Args:
         feats0, feats1: features per layer, each (N, C_l, H_l, W_l), as for
             :func:`lpips_fast.functional.distance`.
+        normalization: of the features. The operator knows ``'l2'``; the others are composed.
 
     Returns:
         One tensor (N, C_l) a layer, in the accumulator's dtype, without a graph.
@@ -47,9 +50,10 @@ def channel_means(feats0: Sequence[Tensor], feats1: Sequence[Tensor]) -> list[Te
     >>> torch.allclose(means @ weight, distance([a], [b], [weight])[:, 0])
     True
     """
-    if not ops.has_kernel(feats0[0].device):
+    if check_normalization(normalization) != "l2" or not ops.has_kernel(feats0[0].device):
         return [
-            _squared_difference(a, b).mean(dim=(2, 3)) for a, b in zip(feats0, feats1, strict=True)
+            _squared_difference(a, b, normalization).mean(dim=(2, 3))
+            for a, b in zip(feats0, feats1, strict=True)
         ]
     # The operator sums the gradient of a layer's weights over the batch. Each image of each layer
     # is handed over as a layer of its own, and so keeps a gradient of its own.
@@ -66,7 +70,9 @@ def channel_means(feats0: Sequence[Tensor], feats1: Sequence[Tensor]) -> list[Te
 
 
 @torch.no_grad()
-def dropout_deviations(feats0: Sequence[Tensor], feats1: Sequence[Tensor]) -> list[Tensor]:
+def dropout_deviations(
+    feats0: Sequence[Tensor], feats1: Sequence[Tensor], normalization: Normalization = "l2"
+) -> list[Tensor]:
     """Deviation of :func:`channel_means` under dropout at rate one half, per image and channel.
 
     The original drops the elements of ``x`` (module docstring), each for itself, and doubles those
@@ -78,15 +84,15 @@ def dropout_deviations(feats0: Sequence[Tensor], feats1: Sequence[Tensor]) -> li
     """
     deviations = []
     for a, b in zip(feats0, feats1, strict=True):
-        squared = _squared_difference(a, b)
+        squared = _squared_difference(a, b, normalization)
         positions = squared.shape[2] * squared.shape[3]
         deviations.append(torch.linalg.vector_norm(squared, dim=(2, 3)) / positions)
     return deviations
 
 
-def _squared_difference(feat0: Tensor, feat1: Tensor) -> Tensor:
-    dtype = composed.accumulator_dtype(feat0.dtype)
-    return (normalize_tensor(feat0.to(dtype)) - normalize_tensor(feat1.to(dtype))) ** 2
+def _squared_difference(feat0: Tensor, feat1: Tensor, normalization: Normalization) -> Tensor:
+    normal0, normal1 = (normalize_features(feat, normalization) for feat in (feat0, feat1))
+    return (normal0 - normal1) ** 2
 
 
 @dataclass(frozen=True)
@@ -160,7 +166,7 @@ def cache_triplets(
         deviations: also what dropout needs.
         progress: label of a progress bar; ``None`` shows none.
     """
-    size, channels = len(dataset), sum(model.chns)
+    size, channels = len(dataset), sum(model.chns[layer] for layer in model.layers)
     means = model.scaling_layer.shift.new_empty((2, size, channels))
     spread = torch.empty_like(means) if deviations else None
     judge = means.new_empty(size)
@@ -172,9 +178,10 @@ def cache_triplets(
             features = model.encode(torch.cat((batch["ref"], batch["p0"], batch["p1"])))
             ref, *patches = (features[k * count : (k + 1) * count] for k in range(3))
             for side, patch in enumerate(patches):
-                means[side, rows] = torch.cat(channel_means(ref.taps, patch.taps), dim=1)
+                pair = (ref.taps, patch.taps, model.normalization)
+                means[side, rows] = torch.cat(channel_means(*pair), dim=1)
                 if spread is not None:
-                    moved = dropout_deviations(ref.taps, patch.taps)
+                    moved = dropout_deviations(*pair)
                     spread[side, rows] = torch.cat(moved, dim=1)
             judge[rows] = batch["judge"].flatten()
             first += count

@@ -5,10 +5,11 @@ On the CPU there are two:
 - oneDNN adds the bias and applies the ReLU while a result is in registers, and takes weights that
   were reordered into its own blocked layout once instead of at every call: at small images the
   reordering costs more than the convolution.
-- Winograd's algorithm, our own kernel, for the 3x3 convolutions of frozen float32 weights: it
-  multiplies a quarter as often, and takes a third to a half of oneDNN's time. Its rounding error is
-  about 1e-6 of the result's norm, five times that of the direct sum, and its packed weights take
-  four times the memory of the weights. ``LPIPS_FAST_WINOGRAD=0`` in the environment turns it off.
+- Winograd's algorithm, our own kernel, for the 3x3 and 5x5 convolutions of frozen float32
+  weights: it multiplies a quarter as often, and takes a third to two thirds of oneDNN's time. Its
+  rounding error is about 1e-6 of the result's norm, five times that of the direct sum, and its
+  packed weights take four times the memory of 3x3 weights. ``LPIPS_FAST_WINOGRAD=0`` in the
+  environment turns it off.
 
 Elsewhere, and while torch.compile traces (its own compiler fuses and packs), it is torch's
 convolution followed by an in-place ReLU.
@@ -40,7 +41,7 @@ def conv_relu(conv: nn.Conv2d, x: Tensor, keep_nan: bool = False) -> Tensor:
         conv: a convolution with a bias.
         keep_nan: let NaN through, as torch's ReLU does; oneDNN's own turns NaN into 0.
     """
-    dtype = _onednn_dtype(conv, x)
+    dtype = _cpu_dtype(conv, x)
     if dtype is None:
         return conv(x).relu_()
     x = x.to(dtype)
@@ -48,11 +49,16 @@ def conv_relu(conv: nn.Conv2d, x: Tensor, keep_nan: bool = False) -> Tensor:
     assert bias is not None
     if torch.is_grad_enabled() and any(t.requires_grad for t in (x, weight, bias)):
         return _ConvReLU.apply(x, weight.to(dtype), bias.to(dtype), conv, keep_nan)
-    return _convolve(conv, x, keep_nan)
+    return convolve(conv, x, keep_nan)
 
 
-def _onednn_dtype(conv: nn.Conv2d, x: Tensor) -> torch.dtype | None:
-    """The dtype to call oneDNN in, or None where it is not the path to take."""
+def is_frozen_on_cpu(conv: nn.Conv2d, x: Tensor) -> bool:
+    """Whether :func:`convolve` and :func:`input_gradient` take the images ``x``."""
+    return _is_frozen(conv) and _cpu_dtype(conv, x) == x.dtype
+
+
+def _cpu_dtype(conv: nn.Conv2d, x: Tensor) -> torch.dtype | None:
+    """The dtype to convolve in on the CPU, or None where torch's own convolution does it."""
     if not ops.is_eager() or x.device.type != "cpu" or x.numel() == 0:
         return None
     if not torch.backends.mkldnn.is_available() or type(x) is not Tensor:
@@ -108,26 +114,27 @@ def _uses_winograd(conv: nn.Conv2d, x: Tensor) -> bool:
     return (
         _WINOGRAD
         and x.dtype == torch.float32
-        and conv.kernel_size == (3, 3)
+        and (conv.kernel_size, conv.padding) in (((3, 3), (1, 1)), ((5, 5), (2, 2)))
         and conv.stride == (1, 1)
-        and conv.padding == (1, 1)
         and x.shape[1] >= _WINOGRAD_CHANNELS
         and x.shape[2] * x.shape[3] >= _WINOGRAD_POSITIONS
         and _is_frozen(conv)
     )
 
 
-def _convolve(conv: nn.Conv2d, x: Tensor, keep_nan: bool) -> Tensor:
-    """``relu(conv(x))`` without a graph."""
+def convolve(conv: nn.Conv2d, x: Tensor, keep_nan: bool = False) -> Tensor:
+    """:func:`conv_relu` on the CPU, without a graph."""
     with torch.no_grad():
-        weight = conv.weight.detach().to(x.dtype)
-        bias = conv.bias.detach().to(x.dtype)  # type: ignore[union-attr]
+        weight, bias = conv.weight, conv.bias
+        assert bias is not None
+        if weight.dtype != x.dtype:
+            weight, bias = weight.to(x.dtype), bias.to(x.dtype)
         if _uses_winograd(conv, x):
             packed = _packed(
                 conv, "winograd", x.dtype, lambda: torch.ops.lpips_fast.winograd_pack(weight)
             )
-            return torch.ops.lpips_fast.winograd_conv3x3(
-                x, packed, bias, True, None, conv.out_channels
+            return torch.ops.lpips_fast.winograd_conv2d(
+                x, packed, bias, True, None, conv.out_channels, conv.kernel_size[0]
             )
         if _is_frozen(conv):
             weight = _packed(
@@ -155,7 +162,7 @@ class _ConvReLU(torch.autograd.Function):
     def forward(
         ctx, x: Tensor, weight: Tensor, bias: Tensor, conv: nn.Conv2d, keep_nan: bool
     ) -> Tensor:
-        y = _convolve(conv, x, keep_nan)
+        y = convolve(conv, x, keep_nan)
         ctx.conv = conv
         ctx.save_for_backward(x, weight, y)
         return y
@@ -195,13 +202,13 @@ def input_gradient(
         through_relu: ``x`` is itself the result of a ReLU, whose derivative is applied too.
         add: another gradient to ``x``, to which the convolution's is added.
     """
-    grad = grad.contiguous(memory_format=torch.channels_last)
     if _uses_winograd(conv, grad):
         packed = _packed(conv, "winograd gradient", x.dtype, lambda: _pack_flipped(conv))
         mask = x if through_relu else None
-        return torch.ops.lpips_fast.winograd_conv3x3(
-            grad, packed, None, False, mask, conv.in_channels, add
+        return torch.ops.lpips_fast.winograd_conv2d(
+            grad, packed, None, False, mask, conv.in_channels, conv.kernel_size[0], add
         )
+    grad = grad.contiguous(memory_format=torch.channels_last)
     result = _onednn_input_gradient(conv, grad, x.shape)
     if add is not None:
         result.add_(add)

@@ -38,11 +38,13 @@ def embed(
     the index reduce the dimension.
 
     Args:
-        model: the model; ``spatial``, negative weights and active dropout are refused.
+        model: the model; ``spatial``, negative weights, active dropout and a normalisation other
+            than ``l2`` are refused.
         x: images of one size, as for :func:`lpips_fast.pairwise.pairwise`.
         normalize: tensors are in [0, 1].
-        layers: indices of the layers to keep, in the order wanted; ``None``: all. Each layer's part
-            of the distance is at least 0, so distances of fewer layers are lower bounds of LPIPS.
+        layers: indices of the layers to keep, in the order wanted, among those that the model
+            compares; ``None``: all of these. Each layer's part of the distance is at least 0, so
+            distances of fewer layers are lower bounds of LPIPS.
         dtype: of the vectors, for example ``torch.float16`` for half the memory, at an error of
             about 1e-4 of a usual distance; ``None``: float32 (float64 for float64).
         max_batch: images that go through the trunk at a time.
@@ -69,10 +71,10 @@ def embed(
         embedding = Embedding(model)
         for first in range(0, len(source), max_batch):
             part = range(first, min(first + max_batch, len(source)))
-            for layer, tap in enumerate(source.taps(part)):
+            for position, (layer, tap) in enumerate(zip(model.layers, source.taps(part))):
                 for kept, size, end in zip(chosen, sizes, ends):
                     if kept == layer:
-                        vectors[as_index(part), end - size : end] = embedding(layer, tap)
+                        vectors[as_index(part), end - size : end] = embedding(position, tap)
                 if layer == max(chosen):
                     break  # the rest of the trunk is not needed
     return vectors
@@ -93,21 +95,28 @@ def embedding_size(
 
 
 def _chosen(model: LPIPS, layers: Sequence[int] | None) -> Sequence[int]:
-    chosen = range(model.L) if layers is None else list(layers)
-    if not chosen or any(layer not in range(model.L) for layer in chosen):
+    chosen = list(model.layers if layers is None else layers)
+    if not chosen or any(layer not in model.layers for layer in chosen):
+        compared = "0 to " + str(model.L - 1)
+        if len(model.layers) < model.L:
+            compared = f"of which the model compares {', '.join(map(str, model.layers))}"
         raise ValueError(
-            f"layers is {chosen}, expected indices of the layers of {model.pnet_type!r}, "
-            f"0 to {model.L - 1}"
+            f"layers is {chosen}, expected indices of the layers of {model.pnet_type!r}, {compared}"
         )
     return chosen
 
 
 def euclidean_weights(model: LPIPS) -> list[Tensor] | None:
-    """Weights (C,) per layer, ``None`` for the baseline; an error where phi does not exist."""
+    """Weights (C,) per compared layer, ``None`` for the baseline; an error where phi is not."""
     if model.spatial:
         raise ValueError(
             "a vector, and so one number a pair, is needed, but the model returns maps: "
             "make it with spatial=False"
+        )
+    if model.normalization != "l2":
+        raise ValueError(
+            f"all pairs and vectors are made with normalization='l2', but the model has "
+            f"{model.normalization!r}: compare its images pair by pair with model(in0, in1)"
         )
     if not model.lpips:
         return None
@@ -115,8 +124,8 @@ def euclidean_weights(model: LPIPS) -> list[Tensor] | None:
         raise ValueError(
             "the model is in training mode and drops channels at random; call model.eval() first"
         )
-    weights = [model._lin(layer).weight.detach().flatten() for layer in range(model.L)]
-    for layer, weight in enumerate(weights):
+    weights = [model._lin(layer).weight.detach().flatten() for layer in model.layers]
+    for layer, weight in zip(model.layers, weights):
         if not bool((weight >= 0).all()):
             raise ValueError(
                 f"layer {layer} has a negative or NaN weight ({weight.min().item():.3g}), with "
@@ -138,10 +147,11 @@ class Embedding:
         weights = euclidean_weights(model)
         self.roots = None if weights is None else [weight.sqrt() for weight in weights]
 
-    def __call__(self, layer: int, tap: Tensor, out: Tensor | None = None) -> Tensor:
+    def __call__(self, position: int, tap: Tensor, out: Tensor | None = None) -> Tensor:
         """A tap (N, C, H, W) to (N, H W C), in the accumulator's dtype.
 
         Args:
+            position: of the tap's layer among those that the model compares.
             out: where to write it, contiguous.
         """
         images, channels, height, width = tap.shape
@@ -153,7 +163,7 @@ class Embedding:
             out = scale.new_empty(images, height * width * channels)
         phi = torch.mul(positions, scale, out=out.view(positions.shape))
         if self.roots is not None:
-            phi *= self.roots[layer].to(dtype)
+            phi *= self.roots[position].to(dtype)
         return out
 
 

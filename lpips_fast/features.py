@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -16,10 +16,14 @@ class Features:
     Attributes:
         taps: one tensor (N, C_l, H_l, W_l) per layer.
         image_size: height and width of the images, to which distance maps are upsampled.
+        net: the trunk that made them, ``None`` if it is not known. A model refuses another's.
+        layers: of which layers they are, ``None`` if it is not known.
     """
 
     taps: tuple[Tensor, ...]
     image_size: tuple[int, int]
+    net: str | None = None
+    layers: tuple[int, ...] | None = None
 
     def __len__(self) -> int:
         """The number of images."""
@@ -47,4 +51,4 @@ class Features:
         return sum(tap.numel() * tap.element_size() for tap in self.taps)
 
     def _map(self, change: Callable[[Tensor], Tensor]) -> Features:
-        return Features(tuple(change(tap) for tap in self.taps), self.image_size)
+        return replace(self, taps=tuple(change(tap) for tap in self.taps))

@@ -11,9 +11,16 @@ import torch
 from torch import Tensor
 
 from . import composed, ops
-from .composed import EPS, normalize_tensor
+from .inputs import warn_of_features
+from .normalization import (
+    EPS,
+    Normalization,
+    check_normalization,
+    normalize_features,
+    normalize_tensor,
+)
 
-__all__ = ["EPS", "distance", "distance_map", "normalize_tensor"]
+__all__ = ["EPS", "distance", "distance_map", "normalize_features", "normalize_tensor"]
 
 _FEATURE_DTYPES = (torch.float32, torch.float64, torch.float16, torch.bfloat16)
 
@@ -27,6 +34,11 @@ def _check(feats0: Sequence[Tensor], feats1: Sequence[Tensor]) -> None:
             f"{len(feats0)} and {len(feats1)}"
         )
     for layer, (a, b) in enumerate(zip(feats0, feats1)):
+        if not isinstance(a, Tensor) or not isinstance(b, Tensor):
+            raise TypeError(
+                f"layer {layer}: expected two torch.Tensor of shape (N, C, H, W), "
+                f"got {type(a).__name__} and {type(b).__name__}"
+            )
         if a.dim() != 4 or a.shape != b.shape:
             raise ValueError(
                 f"layer {layer}: expected two features of one shape (N, C, H, W), "
@@ -44,9 +56,13 @@ def _check(feats0: Sequence[Tensor], feats1: Sequence[Tensor]) -> None:
             )
 
 
-def _layer_weights(
-    feats: Sequence[Tensor], weights: Sequence[Tensor | None] | None
-) -> list[Tensor]:
+def _look(feats0: Sequence[Tensor], feats1: Sequence[Tensor]) -> None:
+    for name, feats in (("feats0", feats0), ("feats1", feats1)):
+        warn_of_features(name, feats)
+
+
+def layer_weights(feats: Sequence[Tensor], weights: Sequence[Tensor | None] | None) -> list[Tensor]:
+    """Weights as :func:`distance` takes them, as the operators take them: (C_l,) each."""
     if weights is None:
         weights = [None] * len(feats)
     if len(weights) != len(feats):
@@ -65,11 +81,18 @@ def _layer_weights(
     return result
 
 
+def _is_fused(normalization: Normalization, feats: Sequence[Tensor]) -> bool:
+    return check_normalization(normalization) == "l2" and ops.has_kernel(feats[0].device)
+
+
 def distance(
     feats0: Sequence[Tensor],
     feats1: Sequence[Tensor],
     weights: Sequence[Tensor | None] | None = None,
     eps: float = EPS,
+    *,
+    normalization: Normalization = "l2",
+    check_inputs: bool = False,
 ) -> Tensor:
     """Distance per image and layer, averaged over positions, in one pass over the features.
 
@@ -79,14 +102,18 @@ def distance(
         weights: weight per channel and layer, C_l elements each; ``None`` stands for ones (the
             baseline of the paper). They are taken to the accumulator's dtype.
         eps: added to the norm, in the accumulator's dtype.
+        normalization: of the features, see :mod:`lpips_fast.normalization`. The kernels know
+            ``'l2'``; the others are composed of torch's operators, slower and with more memory.
+        check_inputs: look at the values and warn of NaN and infinity, naming the first layer that
+            holds some. It costs a synchronisation on GPUs; everything else is checked without one.
 
     Returns:
         (N, L), float32 (float64 for float64 features): per layer
-        ``mean_hw sum_c w_c (a_c - b_c)^2`` of the channel-L2 normalised features. LPIPS is its
+        ``mean_hw sum_c w_c (a_c - b_c)^2`` of the normalised features. LPIPS is its
         sum over layers. Deterministic, exactly 0 for identical features, symmetric to the bit.
 
     Raises:
-        ValueError: layers, shapes or devices that do not match.
+        ValueError: layers, shapes or devices that do not match, or an unknown normalisation.
         TypeError: dtypes that differ or are not supported.
 
     >>> a, b = torch.rand(2, 64, 8, 8), torch.rand(2, 64, 8, 8)
@@ -94,10 +121,12 @@ def distance(
     torch.Size([2, 1])
     """
     _check(feats0, feats1)
-    layer_weights = _layer_weights(feats0, weights)
-    if not ops.has_kernel(feats0[0].device):
-        return composed.distance(feats0, feats1, layer_weights, eps)
-    return torch.ops.lpips_fast.distance(list(feats0), list(feats1), layer_weights, eps)
+    if check_inputs:
+        _look(feats0, feats1)
+    per_layer = layer_weights(feats0, weights)
+    if not _is_fused(normalization, feats0):
+        return composed.distance(feats0, feats1, per_layer, eps, normalization)
+    return torch.ops.lpips_fast.distance(list(feats0), list(feats1), per_layer, eps)
 
 
 def distance_map(
@@ -105,6 +134,9 @@ def distance_map(
     feats1: Sequence[Tensor],
     weights: Sequence[Tensor | None] | None = None,
     eps: float = EPS,
+    *,
+    normalization: Normalization = "l2",
+    check_inputs: bool = False,
 ) -> list[Tensor]:
     """Distance per position: one map (N, 1, H_l, W_l) a layer, at the layer's resolution.
 
@@ -115,9 +147,12 @@ def distance_map(
     [torch.Size([2, 1, 8, 8])]
     """
     _check(feats0, feats1)
-    layer_weights = _layer_weights(feats0, weights)
-    if not ops.has_kernel(feats0[0].device):
+    if check_inputs:
+        _look(feats0, feats1)
+    per_layer = layer_weights(feats0, weights)
+    if not _is_fused(normalization, feats0):
         return [
-            composed.distance_map(a, b, w, eps) for a, b, w in zip(feats0, feats1, layer_weights)
+            composed.distance_map(a, b, w, eps, normalization)
+            for a, b, w in zip(feats0, feats1, per_layer)
         ]
-    return torch.ops.lpips_fast.distance_map(list(feats0), list(feats1), layer_weights, eps)
+    return torch.ops.lpips_fast.distance_map(list(feats0), list(feats1), per_layer, eps)

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from .composed import accumulator_dtype
 from .features import Features
+from .inputs import check_features
 
 if TYPE_CHECKING:
     from .lpips import LPIPS
@@ -58,7 +59,15 @@ class ImageSource:
         self.device = model.scaling_layer.shift.device
         self.is_encoded = isinstance(images, Features)
         if isinstance(images, Features):
-            self._check_features(images)
+            check_features(
+                name,
+                images,
+                net=model.net.net_name,
+                layers=model.layers,
+                channels=model.chns,
+                device=None,  # they are moved as they are read
+                look=model.check_inputs,
+            )
             self.size, dtype = images.image_size, images.taps[0].dtype
         else:
             item = self._item(0)
@@ -67,14 +76,6 @@ class ImageSource:
             first, self._name_of_first = self._image(0, item)
             self.size, dtype = _size(first), model.dtype or model.scaling_layer.shift.dtype
         self.dtype = accumulator_dtype(dtype)
-
-    def _check_features(self, features: Features) -> None:
-        channels = [tap.shape[1] for tap in features.taps]
-        if channels != self.model.chns:
-            raise ValueError(
-                f"{self.name} are features of {channels} channels, but trunk "
-                f"{self.model.pnet_type!r} has {self.model.chns}: encode them with this model"
-            )
 
     def __len__(self) -> int:
         return len(self.images)

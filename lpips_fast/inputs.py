@@ -1,13 +1,17 @@
-"""What LPIPS accepts as an image, and what it says of anything else."""
+"""What LPIPS accepts as an image or as features, and what it says of anything else."""
 
 from __future__ import annotations
 
 import os
 import sys
 import warnings
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
+
+from .features import Features
+from .trunk import tap_shapes
 
 
 def as_rgb_batch(
@@ -59,6 +63,113 @@ def as_rgb_batch(
     if image.dim() == 3:
         image = image.unsqueeze(0)
     return image.expand(-1, 3, -1, -1)
+
+
+def check_features(
+    name: str,
+    features: Features,
+    *,
+    net: str,
+    layers: Sequence[int],
+    channels: Sequence[int],
+    device: torch.device | None,
+    look: bool,
+) -> None:
+    """Refuses features that a model cannot compare, and says why.
+
+    Args:
+        name: of the argument, for messages.
+        features: as :meth:`lpips_fast.LPIPS.encode` returns them, or made by hand.
+        net, layers: the model's trunk, and the layers that it compares.
+        channels: of every layer of that trunk.
+        device: the model's; ``None``: any, but one.
+        look: also hold the features to their images' size, and warn of NaN and infinity, which
+            costs a synchronisation on GPUs. Nothing else reads values.
+
+    Raises:
+        ValueError: features of another trunk, of other layers, of no such shape, or elsewhere.
+        TypeError: no tensors, integers, or several dtypes.
+    """
+    remedy = "encode the images with this model"
+    if not all(isinstance(tap, Tensor) for tap in features.taps):
+        kinds = ", ".join(sorted({type(tap).__name__ for tap in features.taps}))
+        raise TypeError(f"{name} must hold one torch.Tensor a layer, got {kinds}; {remedy}")
+    expected = [channels[layer] for layer in layers]
+    if features.net not in (None, net):
+        raise ValueError(
+            f"{name} are features of trunk {features.net!r}, but the model's is {net!r}; {remedy}"
+        )
+    if features.layers is not None and tuple(features.layers) != tuple(layers):
+        raise ValueError(
+            f"{name} are features of {_layers(features.layers)}, but the model compares "
+            f"{_layers(layers)}; {remedy}"
+        )
+    if len(features.taps) != len(layers):
+        raise ValueError(
+            f"{name} are features of {len(features.taps)} layers, but the model compares "
+            f"{len(layers)}, {_layers(layers)} of trunk {net!r}; {remedy}"
+        )
+    shapes = [tuple(tap.shape) for tap in features.taps]
+    if any(len(shape) != 4 for shape in shapes):
+        wrong = next(shape for shape in shapes if len(shape) != 4)
+        raise ValueError(f"{name} hold a tensor of shape {wrong}, expected (N, C, H, W); {remedy}")
+    found = [shape[1] for shape in shapes]
+    if found != expected:
+        raise ValueError(
+            f"{name} are features of {found} channels, but {_layers(layers)} of trunk {net!r} "
+            f"have {expected}; {remedy}"
+        )
+    counts = [shape[0] for shape in shapes]
+    if any(count != counts[0] for count in counts):
+        raise ValueError(
+            f"{name} hold {counts} images in their layers, expected one number; {remedy}"
+        )
+    dtypes = {tap.dtype for tap in features.taps}
+    if len(dtypes) > 1 or not features.taps[0].is_floating_point():
+        told = ", ".join(sorted(str(dtype) for dtype in dtypes))
+        raise TypeError(f"{name} are {told}, expected one floating dtype; {remedy}")
+    places = {tap.device for tap in features.taps}
+    if len(places) > 1 or device not in (None, *places):
+        told = " and ".join(sorted(str(place) for place in places))
+        wanted = "expected one device" if device is None else f"but the model is on {device}"
+        raise ValueError(f"{name} are on {told}, {wanted}; move them with .to()")
+    if look:
+        _look_at_features(name, features, net, layers)
+
+
+def _layers(layers: Sequence[int]) -> str:
+    told = ", ".join(map(str, layers))
+    return f"layer {told}" if len(layers) == 1 else f"layers {told}"
+
+
+def _look_at_features(name: str, features: Features, net: str, layers: Sequence[int]) -> None:
+    shapes = tap_shapes(net, features.image_size)
+    for layer, tap in zip(layers, features.taps):
+        if tuple(tap.shape[1:]) != shapes[layer]:
+            raise ValueError(
+                f"{name} hold {tuple(tap.shape[1:])} for layer {layer}, but images of "
+                f"{features.image_size[0]}x{features.image_size[1]} pixels have {shapes[layer]} "
+                "there; encode the images with this model"
+            )
+    warn_of_features(name, features.taps, layers)
+
+
+def warn_of_features(
+    name: str, taps: Sequence[Tensor], layers: Sequence[int] | None = None
+) -> None:
+    """Warns of NaN and infinity in features, naming the first layer that holds some.
+
+    Args:
+        name: of the argument, for messages.
+        taps: one tensor a layer.
+        layers: the layers' numbers; ``None``: 0, 1, …
+    """
+    for layer, tap in zip(range(len(taps)) if layers is None else layers, taps):
+        bad = (~torch.isfinite(tap)).sum().item()
+        if bad:
+            text = f"{name} hold {bad} NaN or infinite values in layer {layer}"
+            warnings.warn(text, stacklevel=_level_of_the_caller())
+            return
 
 
 def check_same_size(size0: tuple[int, int], size1: tuple[int, int]) -> None:

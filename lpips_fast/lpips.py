@@ -12,10 +12,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from . import functional, ops
+from . import functional, ops, slice_distance
 from .features import Features
-from .inputs import as_rgb_batch, check_same_size, common_batch, warn_of_values
-from .trunk import Trunk, minimum_size, tap_channels, trunk_spec
+from .inputs import as_rgb_batch, check_features, check_same_size, common_batch, warn_of_values
+from .normalization import Normalization, check_normalization
+from .trunk import Trunk, check_layers, minimum_size, tap_channels, trunk_spec
 from .weights import WeightsError, load_lin_weights, load_trunk_weights, read_state_dict
 
 if TYPE_CHECKING:
@@ -26,7 +27,7 @@ REDUCTIONS = ("none", "mean", "sum")
 
 # Elements of an image batch from which taps are compared one by one, each in a call of its own;
 # below, memory is no concern and one call for all layers is faster.
-_STREAMED_FROM = 3 * 512 * 512
+_STREAMED_FROM = 3 * 128 * 128
 
 
 def spatial_average(in_tens: Tensor, keepdim: bool = True) -> Tensor:
@@ -125,12 +126,29 @@ class LPIPS(nn.Module):
         reduction: ``'none'`` returns one distance an image, as the original does; ``'mean'`` and
             ``'sum'`` return one number, ready to be a loss.
         check_inputs: look at the values of every input and warn of NaN, infinity, and values
-            outside the range that ``normalize`` implies. It costs a synchronisation on GPUs.
+            outside the range that ``normalize`` implies; of features, warn of NaN and infinity,
+            and refuse those that are not of images of their size. It costs a synchronisation on
+            GPUs.
         dtype: run the trunk in ``torch.bfloat16`` or ``torch.float16``, on images of any floating
             dtype; scaling, distances and their sums stay float32.
         max_batch: without a graph, look at no more than so many pairs at a time. Where memory runs
             out on a device that can say so, batches are halved anyway.
         checkpoint: keep only the taps for backward and recompute what lies between them.
+        normalization: of the features before they are compared: ``'l2'``, which is LPIPS and has
+            the fused kernel, or ``'l1'``, ``'max'``, ``'std'``, ``'none'``, for experiments (see
+            :mod:`lpips_fast.normalization`). The published weights were learned with ``'l2'``.
+        layers: indices of the layers to compare, for example ``(0, 1, 2)``; the trunk runs no
+            further than the last of them, from images as small as that part can take. The result
+            is the sum over these layers alone: a lower bound of LPIPS (its weights are not
+            negative), and not LPIPS. ``None``: all. Everything that speaks of layers speaks of
+            these, in ascending order (:attr:`layers`, ``retPerLayer``, :class:`Features`), while
+            the parameters, :attr:`lins`, :attr:`chns` and :attr:`L` stay those of the whole trunk,
+            so that checkpoints load.
+
+    Attributes:
+        layers: the layers that are compared, ascending.
+        minimum_size: the smallest height and width of an image, in pixels.
+        chns, L: channels and number of all the trunk's layers, compared or not.
 
     >>> model = LPIPS(net="alex", pnet_rand=True, verbose=False)
     >>> image = torch.rand(2, 3, 64, 64) * 2 - 1
@@ -158,6 +176,8 @@ class LPIPS(nn.Module):
         dtype: torch.dtype | None = None,
         max_batch: int | None = None,
         checkpoint: bool = False,
+        normalization: Normalization = "l2",
+        layers: Sequence[int] | None = None,
     ) -> None:
         super().__init__()
         if version not in VERSIONS:
@@ -168,12 +188,16 @@ class LPIPS(nn.Module):
             )
         if max_batch is not None and max_batch < 1:
             raise ValueError(f"max_batch must be at least 1, got {max_batch}")
+        check_normalization(normalization)
         trunk_name = "vgg" if net == "vgg16" else net
         trunk_spec(trunk_name)  # an unknown net is told before anything is printed or loaded
+        self.layers = check_layers(trunk_name, layers)
         if verbose:
             print(
                 f"Setting up [{'LPIPS' if lpips else 'baseline'}] perceptual loss: "
                 f"trunk [{net}], v[{version}], spatial [{'on' if spatial else 'off'}]"
+                + (f", normalization [{normalization}]" if normalization != "l2" else "")
+                + (f", layers {list(self.layers)}" if layers is not None else "")
             )
         self.pnet_type = net
         self.pnet_tune = pnet_tune
@@ -186,10 +210,11 @@ class LPIPS(nn.Module):
         self.dtype = dtype
         self.max_batch = max_batch
         self.checkpoint = checkpoint
+        self.normalization = normalization
         self.scaling_layer = ScalingLayer()
         self.chns = tap_channels(trunk_name)
         self.L = len(self.chns)
-        self.minimum_size = minimum_size(trunk_name)
+        self.minimum_size = minimum_size(trunk_name, self.layers)
 
         trunk_weights = None if pnet_rand else load_trunk_weights(trunk_name, weights)
         self.net = Trunk(trunk_name, trunk_weights, requires_grad=pnet_tune)
@@ -241,20 +266,36 @@ class LPIPS(nn.Module):
             warn_of_values(name, image, normalize)
         return image
 
-    def _taps(self, images: Sequence[Tensor], normalize: bool) -> Iterator[Tensor]:
+    def _features(self, name: str, features: Features) -> Features:
+        """An argument as features that this model compares, or an error that says why not."""
+        check_features(
+            name,
+            features,
+            net=self.net.net_name,
+            layers=self.layers,
+            channels=self.chns,
+            device=self.scaling_layer.shift.device,
+            look=self.check_inputs,
+        )
+        return features
+
+    def _batch(self, images: Sequence[Tensor], normalize: bool) -> Tensor:
         dtype = self.dtype or self.scaling_layer.shift.dtype
-        batch = self.scaling_layer.batch(images, normalize, dtype, self.version)
-        return self.net.taps(batch, self.checkpoint)
+        return self.scaling_layer.batch(images, normalize, dtype, self.version)
+
+    def _taps(self, images: Sequence[Tensor], normalize: bool) -> Iterator[Tensor]:
+        return self.net.taps(self._batch(images, normalize), self.checkpoint, self.layers)
 
     def _needs_graph(self, image: Tensor | Features) -> bool:
         if not torch.is_grad_enabled():
             return False
         if isinstance(image, Features):
             return any(tap.requires_grad for tap in image.taps)
-        return image.requires_grad or any(p.requires_grad for p in self.net.parameters())
+        return image.requires_grad or self.net.learns()
 
     def _encode(self, image: Tensor, normalize: bool) -> Features:
-        return Features(tuple(self._taps([image], normalize)), _size(image))
+        taps = tuple(self._taps([image], normalize))
+        return Features(taps, _size(image), self.net.net_name, self.layers)
 
     def encode(self, images: Tensor, normalize: bool = False) -> Features:
         """Features of images, for :meth:`distance` or as an argument of :meth:`forward`.
@@ -279,30 +320,37 @@ class LPIPS(nn.Module):
         return getattr(self, f"lin{layer}")
 
     def _drops(self) -> bool:
-        return self.lpips and any(self._lin(k).drops for k in range(self.L))
+        return self.lpips and any(self._lin(k).drops for k in self.layers)
 
     def _per_layer(
         self,
         taps0: Sequence[Tensor],
         taps1: Sequence[Tensor],
         size: tuple[int, int],
-        first_layer: int = 0,
+        first: int = 0,
     ) -> list[Tensor]:
-        """One tensor a layer: (N, 1, 1, 1), or (N, 1, H, W) for ``spatial``."""
-        lins = [self._lin(first_layer + k) for k in range(len(taps0))] if self.lpips else []
+        """One tensor a layer: (N, 1, 1, 1), or (N, 1, H, W) for ``spatial``.
+
+        The taps are those of ``self.layers[first]`` and of the layers that follow there.
+        """
+        layers = self.layers[first : first + len(taps0)]
+        lins = [self._lin(k) for k in layers] if self.lpips else []
         if self._drops():
-            maps = [
-                lin((functional.normalize_tensor(a) - functional.normalize_tensor(b)) ** 2)
-                for lin, a, b in zip(lins, taps0, taps1)
-            ]
+            normal0, normal1 = (
+                [functional.normalize_features(tap, self.normalization) for tap in taps]
+                for taps in (taps0, taps1)
+            )
+            maps = [lin((a - b) ** 2) for lin, a, b in zip(lins, normal0, normal1)]
             if not self.spatial:
                 return [spatial_average(m) for m in maps]
         else:
             weights = [lin.weight for lin in lins] if self.lpips else None
             if not self.spatial:
-                distances = functional.distance(taps0, taps1, weights)
+                distances = functional.distance(
+                    taps0, taps1, weights, normalization=self.normalization
+                )
                 return [d.view(-1, 1, 1, 1) for d in distances.unbind(dim=1)]
-            maps = functional.distance_map(taps0, taps1, weights)
+            maps = functional.distance_map(taps0, taps1, weights, normalization=self.normalization)
         return [upsample(m, size) for m in maps]
 
     def _layers_in_one_pass(self, in0: Tensor, in1: Tensor, normalize: bool) -> list[Tensor]:
@@ -314,10 +362,11 @@ class LPIPS(nn.Module):
             pairs = [_broadcast(*tap.split(split)) for tap in taps]
             return self._per_layer([a for a, _ in pairs], [b for _, b in pairs], size)
         # A tap is consumed as soon as it exists, and its memory goes back.
-        layers = []
-        for k, tap in enumerate(taps):
+        layers: list[Tensor] = []
+        for tap in taps:
             a, b = _broadcast(*tap.split(split))
-            layers += self._per_layer([a], [b], size, first_layer=k)
+            layers += self._per_layer([a], [b], size, first=len(layers))
+            del tap, a, b
         return layers
 
     def _layers_of_features(self, features0: Features, features1: Features) -> list[Tensor]:
@@ -325,6 +374,32 @@ class LPIPS(nn.Module):
         pairs = [_broadcast(a, b) for a, b in zip(features0.taps, features1.taps, strict=True)]
         taps0, taps1 = [a for a, _ in pairs], [b for _, b in pairs]
         return self._per_layer(taps0, taps1, features0.image_size)
+
+    def _layers_to_target(
+        self, image: Tensor | Features, target: Features, normalize: bool
+    ) -> list[Tensor]:
+        """Every layer's distance of images that need a graph to a target that needs none."""
+        if isinstance(image, Features):
+            return self._layers_of_features(image, target)
+        check_same_size(_size(image), target.image_size)
+        fused = self.normalization == "l2" and not self.checkpoint and not self._drops()
+        x = self._batch([image], normalize) if fused else None
+        if x is None or not slice_distance.takes(self.net, x, target.taps):
+            return self._layers_of_features(self._encode(image, normalize), target)
+        layers = []
+        lins = [self._lin(k).weight for k in self.layers] if self.lpips else None
+        weights = functional.layer_weights(target.taps, lins)
+        compared = dict(zip(self.layers, zip(target.taps, weights)))
+        for k, block in enumerate(self.net.slices()[: self.layers[-1] + 1]):
+            if k not in compared:
+                x = block(x)
+                continue
+            tap, weight = compared[k]
+            x, distance = slice_distance.slice_distance(block, x, tap, weight, self.spatial)
+            layers.append(
+                upsample(distance, _size(image)) if self.spatial else distance.view(-1, 1, 1, 1)
+            )
+        return layers
 
     def _layers(
         self, in0: Tensor | Features, in1: Tensor | Features, normalize: bool
@@ -334,12 +409,13 @@ class LPIPS(nn.Module):
             check_same_size(_size(in0), _size(in1))
             if graphs[0] == graphs[1]:
                 return self._layers_in_one_pass(in0, in1, normalize)
-        features = []
-        for image, needs_graph in zip((in0, in1), graphs):
-            with torch.set_grad_enabled(needs_graph):
-                if isinstance(image, Tensor):
-                    image = self._encode(image, normalize)
-                features.append(image)
+        if graphs[0] != graphs[1]:
+            image, target = (in0, in1) if graphs[0] else (in1, in0)
+            if isinstance(target, Tensor):
+                with torch.no_grad():
+                    target = self._encode(target, normalize)
+            return self._layers_to_target(image, target, normalize)
+        features = [self._encode(x, normalize) if isinstance(x, Tensor) else x for x in (in0, in1)]
         return self._layers_of_features(*features)
 
     def _chunked_layers(
@@ -389,11 +465,12 @@ class LPIPS(nn.Module):
             float32 for images of float32 and lower precision, float64 for float64.
 
         Raises:
-            ValueError: shapes or devices that do not fit, or images too small for the trunk.
+            ValueError: shapes or devices that do not fit, images too small for the trunk, or
+                features of another trunk or of other layers.
             TypeError: integers, or dtypes that differ from each other or from the model's.
         """
         pair = [
-            x if isinstance(x, Features) else self._image(name, x, normalize)
+            self._features(name, x) if isinstance(x, Features) else self._image(name, x, normalize)
             for name, x in (("in0", in0), ("in1", in1))
         ]
         layers = self._chunked_layers(pair[0], pair[1], normalize)
@@ -403,6 +480,14 @@ class LPIPS(nn.Module):
     def distance(self, features0: Features, features1: Features, retPerLayer: bool = False) -> Any:
         """:meth:`forward` on features that :meth:`encode` returned."""
         return self(features0, features1, retPerLayer)
+
+    def extra_repr(self) -> str:
+        """How the number is made, as part of ``repr(model)``."""
+        return (
+            f"net={self.pnet_type!r}, version={self.version!r}, lpips={self.lpips}, "
+            f"normalization={self.normalization!r}"
+            + (f", layers={self.layers}" if len(self.layers) < self.L else "")
+        )
 
     # -------------------------------------------------------------------------- many images
 

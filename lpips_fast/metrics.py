@@ -7,13 +7,14 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any, Literal
 
 import torch
 from torch import Tensor
 
 from .lpips import LPIPS
+from .normalization import Normalization
 
 try:
     from torchmetrics import Metric
@@ -39,7 +40,8 @@ class LPIPSMetric(Metric):
             one distance an image, in the order in which they came (of several processes, one
             process after the other).
         normalize: images are in [0, 1] instead of [-1, 1].
-        version, lpips, weights, dtype, max_batch, check_inputs: as for :class:`LPIPS`.
+        version, lpips, weights, dtype, max_batch, check_inputs, layers, normalization: as for
+            :class:`LPIPS`.
         kwargs: of :class:`torchmetrics.Metric`, for example ``sync_on_compute``.
 
     ``update(img1, img2)`` takes (N, 3, H, W) each, and either may be :class:`Features`;
@@ -83,6 +85,8 @@ class LPIPSMetric(Metric):
         dtype: torch.dtype | None = None,
         max_batch: int | None = None,
         check_inputs: bool = False,
+        layers: Sequence[int] | None = None,
+        normalization: Normalization = "l2",
         **kwargs: Any,
     ) -> None:
         super().__init__(**kwargs)
@@ -102,6 +106,8 @@ class LPIPSMetric(Metric):
             dtype=dtype,
             max_batch=max_batch,
             check_inputs=check_inputs,
+            layers=layers,
+            normalization=normalization,
             verbose=False,
         ).requires_grad_(False)
         if reduction in ("none", None):

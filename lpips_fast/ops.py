@@ -124,6 +124,19 @@ torch.library.register_fake("lpips_fast::distance_backward", _fake_backward)
 torch.library.register_fake("lpips_fast::distance_map_backward", _fake_backward)
 
 
+@torch.library.register_fake("lpips_fast::tap_backward")
+def _(
+    grad: Tensor,
+    deeper: Tensor | None,
+    feat0: Tensor,
+    feat1: Tensor,
+    weight: Tensor,
+    eps: float,
+    need_weight: bool,
+) -> list[Tensor]:
+    return _fake_backward(grad, [feat0], [feat1], [weight], eps, True, False, need_weight)
+
+
 # ---------------------------------------------------------------------------------- autograd
 
 
@@ -263,7 +276,7 @@ torch.library.register_autograd(
 # ------------------------------------------------------------------------------ convolution
 
 
-@torch.library.register_fake("lpips_fast::winograd_conv3x3")
+@torch.library.register_fake("lpips_fast::winograd_conv2d")
 def _(
     x: Tensor,
     packed: Tensor,
@@ -271,6 +284,7 @@ def _(
     relu: bool,
     mask: Tensor | None,
     out_channels: int,
+    kernel: int,
     add: Tensor | None = None,
 ) -> Tensor:
     shape = (x.shape[0], out_channels, *x.shape[2:])

@@ -160,8 +160,9 @@ def make_plan(
             f"pixels on either side, got {images} images of {image_size[0]}x{image_size[1]}"
             + ("" if others is None else f" and {others} others")
         )
-    layers = tap_sizes(model.net.net_name, image_size)
-    live = _elements_alive(model.net.net_name, image_size)
+    sizes = tap_sizes(model.net.net_name, image_size)
+    layers = [sizes[layer] for layer in model.layers]
+    live = _elements_alive(model.net.net_name, image_size, model.layers[-1])
     floats = sum(layers)
     item = dtype.itemsize
     trunk_item = (model.dtype or dtype).itemsize
@@ -215,12 +216,12 @@ def make_plan(
     )
 
 
-def _elements_alive(net: str, image_size: tuple[int, int]) -> int:
-    """The most elements that the pass of one image through the trunk has in memory at a time.
+def _elements_alive(net: str, image_size: tuple[int, int], last_layer: int) -> int:
+    """The most elements that one image's pass to a tap of the trunk has in memory at a time.
 
     A slice of the trunk keeps its input, the tap before, until its own tap is done.
     """
-    taps = trunk_spec(net).taps.values()
+    taps = list(trunk_spec(net).taps.values())[: last_layer + 1]
     before = current = 3 * image_size[0] * image_size[1]
     most = 0
     for index, (layer, output) in enumerate(layer_outputs(net, image_size)):
@@ -230,4 +231,6 @@ def _elements_alive(net: str, image_size: tuple[int, int]) -> int:
         current = output
         if index in taps:
             before = output
+        if index == taps[-1]:
+            break
     return most

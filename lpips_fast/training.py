@@ -32,7 +32,7 @@ import json
 import math
 import os
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal, get_args
@@ -46,6 +46,7 @@ from .compat import BCERankingLoss
 from .judgements import load_batches
 from .learning_curve import save_learning_curve
 from .lpips import LPIPS
+from .normalization import Normalization
 from .scoring import (
     evaluate_2afc,
     people_agreement,
@@ -179,6 +180,8 @@ def new_model(
     random_trunk: bool = False,
     version: str = "0.1",
     seed: int = 0,
+    normalization: Normalization = "l2",
+    layers: Sequence[int] | None = None,
 ) -> LPIPS:
     """An LPIPS model to be trained.
 
@@ -192,6 +195,8 @@ def new_model(
         random_trunk: a random trunk in mode ``lin`` or ``tune``, for trying things out.
         version: as for :class:`LPIPS`.
         seed: of what is random; the caller's generator is left alone.
+        normalization: as for :class:`LPIPS`.
+        layers: as for :class:`LPIPS`; the weights of others do not learn.
     """
     if mode not in get_args(Mode):
         raise ValueError(f"mode is {mode!r}, expected one of {', '.join(get_args(Mode))}")
@@ -207,6 +212,8 @@ def new_model(
             version=version,
             pnet_rand=random_trunk or mode == "scratch",
             pnet_tune=mode != "lin",
+            normalization=normalization,
+            layers=layers,
             verbose=False,
             weights=weights,
         )
@@ -387,7 +394,7 @@ class Trainer:
             yield d0, d1, batch["judge"].flatten().to(d0.dtype)
 
     def _weights(self) -> Tensor:
-        return torch.cat([lin.weight.flatten() for lin in self.model.lins])  # type: ignore[operator]
+        return torch.cat([self.model._lin(k).weight.flatten() for k in self.model.layers])
 
     @torch.no_grad()
     def _project(self) -> None:
@@ -516,6 +523,8 @@ class Trainer:
             "version": self.model.version,
             "learns": "trunk and linear weights" if self._learns_trunk else "linear weights",
             "trunk": "random" if self.model.pnet_rand else "pretrained",
+            "normalization": self.model.normalization,
+            "layers": list(self.model.layers),
             "judgements": len(self.dataset),
             "options": dataclasses.asdict(self.options),
             "people_2afc": self.people_2afc,
@@ -542,6 +551,8 @@ class Trainer:
         return {
             "net": self.model.pnet_type,
             "version": self.model.version,
+            "normalization": self.model.normalization,
+            "layers": self.model.layers,
             "learns_trunk": self._learns_trunk,
             "judgements": len(self.dataset),
             "data": getattr(self.dataset, "fingerprint", None),

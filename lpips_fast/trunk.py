@@ -9,8 +9,9 @@ checkpoints load too. A new trunk is one more entry in :data:`TRUNKS`.
 from __future__ import annotations
 
 import itertools
+import operator
 from collections import namedtuple
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -19,7 +20,7 @@ import torch.utils.checkpoint
 from torch import Tensor, nn
 
 from . import ops
-from .convolution import conv_relu
+from .convolution import conv_relu, convolve, input_gradient, is_frozen_on_cpu
 
 IMAGE_CHANNELS = 3
 
@@ -130,6 +131,21 @@ class FireModule(nn.Module):
         x = conv_relu(self.squeeze, x)
         return torch.cat((conv_relu(self.expand1x1, x), conv_relu(self.expand3x3, x)), dim=1)
 
+    def record(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """Without a graph: the squeezed images, and the result."""
+        squeezed = convolve(self.squeeze, x)
+        expanded = (convolve(conv, squeezed) for conv in (self.expand1x1, self.expand3x3))
+        return squeezed, torch.cat(tuple(expanded), dim=1)
+
+    def input_gradient(
+        self, grad: Tensor, x: Tensor, squeezed: Tensor, through_relu: bool
+    ) -> Tensor:
+        """As :func:`lpips_fast.convolution.input_gradient`, from the gradient before both ReLUs."""
+        grad1, grad3 = grad.split(self.expand1x1.out_channels, dim=1)
+        narrow = input_gradient(self.expand1x1, grad1, squeezed)
+        narrow = input_gradient(self.expand3x3, grad3, squeezed, through_relu=True, add=narrow)
+        return input_gradient(self.squeeze, narrow, x, through_relu)
+
 
 class MaxPool2d(nn.MaxPool2d):
     """Max-pooling by our own kernel on the CPU, which needs no tensor of indices."""
@@ -138,6 +154,11 @@ class MaxPool2d(nn.MaxPool2d):
         if input.device.type != "cpu" or not ops.is_eager():
             return super().forward(input)
         return torch.ops.lpips_fast.max_pool2d(input, self.kernel_size, self.stride, self.ceil_mode)
+
+    def input_gradient(self, grad: Tensor, x: Tensor, y: Tensor) -> Tensor:
+        """On the CPU, without a graph: the gradient to ``x``, of which ``y`` was made."""
+        operator = torch.ops.lpips_fast.max_pool2d_backward
+        return operator(grad, x, y, self.kernel_size, self.stride)
 
 
 class Slice(nn.Sequential):
@@ -150,15 +171,60 @@ class Slice(nn.Sequential):
         super().__init__()
         self.keep_nan = keep_nan
 
+    def _steps(self) -> Iterator[nn.Module]:
+        """The layers, a convolution standing for its ReLU too: each is followed by one."""
+        return (layer for layer in self if not isinstance(layer, nn.ReLU))
+
     def forward(self, input: Tensor) -> Tensor:
-        x, layers = input, iter(self)
-        for layer in layers:
-            if isinstance(layer, nn.Conv2d):
-                x = conv_relu(layer, x, self.keep_nan)
-                next(layers)  # every convolution of a trunk is followed by its ReLU
-            else:
-                x = layer(x)
+        return self.consume([input])
+
+    def consume(self, held: list[Tensor]) -> Tensor:
+        """:meth:`forward`, taking the images out of a list: their memory goes back when used."""
+        x = held.pop()
+        for layer in self._steps():
+            x = conv_relu(layer, x, self.keep_nan) if isinstance(layer, nn.Conv2d) else layer(x)
         return x
+
+    def is_hooked(self) -> bool:
+        """Whether somebody waits for the module to be called."""
+        return bool(self._forward_hooks or self._forward_pre_hooks)
+
+    def record(self, x: Tensor) -> list[Tensor]:
+        """:meth:`forward` without a graph: what every layer made, the result last."""
+        made: list[Tensor] = []
+        for layer in self._steps():
+            if isinstance(layer, FireModule):
+                made += layer.record(x)
+            elif isinstance(layer, nn.Conv2d):
+                made.append(convolve(layer, x, self.keep_nan))
+            else:
+                made.append(layer(x))
+            x = made[-1]
+        return made
+
+    def input_gradient(self, grad: Tensor, x: Tensor, made: Sequence[Tensor]) -> Tensor:
+        """The gradient to ``x``, without a graph.
+
+        One hand-written backward instead of a node of autograd for every layer: at small images
+        the nodes take longer than the convolutions.
+
+        Args:
+            grad: the gradient to the result before its ReLU.
+            x, made: images and what :meth:`record` made of them.
+        """
+        steps, left = list(self._steps()), [x, *made]
+        for k in range(len(steps) - 1, -1, -1):
+            layer, result = steps[k], left.pop()
+            through_relu = k > 0 and not isinstance(steps[k - 1], MaxPool2d)
+            if isinstance(layer, FireModule):
+                squeezed = left.pop()
+                grad = layer.input_gradient(grad, left[-1], squeezed, through_relu)
+            elif isinstance(layer, MaxPool2d):
+                grad = layer.input_gradient(grad, left[-1], result)
+            else:
+                assert isinstance(layer, nn.Conv2d)
+                grad = input_gradient(layer, grad, left[-1], through_relu)
+        return grad
 
 
 def _module(layer: Layer, in_channels: int) -> tuple[nn.Module, int]:
@@ -208,13 +274,13 @@ class Trunk(nn.Module):
                 block.add_module(str(index), module)
             self.add_module(f"slice{number}", block)
             first = last + 1
+        self._convolutions = [m for m in self.modules() if isinstance(m, nn.Conv2d)]
         if state_dict is not None:
             self.load_features(state_dict)
         elif spec.initialize is not None:
-            for module in self.modules():
-                if isinstance(module, nn.Conv2d):
-                    spec.initialize(module.weight)
-                    nn.init.zeros_(module.bias)  # type: ignore[arg-type]
+            for conv in self._convolutions:
+                spec.initialize(conv.weight)
+                nn.init.zeros_(conv.bias)  # type: ignore[arg-type]
         self.requires_grad_(requires_grad)
         self.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
 
@@ -223,8 +289,21 @@ class Trunk(nn.Module):
         state = {k: v for k, v in self.__dict__.items() if k != "_outputs"}
         return _restore_trunk, (type(self), state)
 
-    def slices(self) -> list[nn.Module]:
+    def slices(self) -> list[Slice]:
         return [getattr(self, f"slice{number}") for number in range(1, self.N_slices + 1)]
+
+    def learns(self) -> bool:
+        """Whether any of its weights needs a gradient."""
+        return any(p.requires_grad for c in self._convolutions for p in (c.weight, c.bias))  # type: ignore[union-attr]
+
+    def records(self, x: Tensor) -> bool:
+        """Whether ``record`` and ``input_gradient`` of its slices take scaled images ``x``.
+
+        They do not call modules one by one: where somebody hooks into a slice, it is called.
+        """
+        if self.learns() or any(block.is_hooked() for block in self.slices()):
+            return False
+        return is_frozen_on_cpu(self._convolutions[0], x)
 
     def load_features(self, state_dict: dict[str, Tensor]) -> None:
         """Loads weights with torchvision's names, ``features.N.…``."""
@@ -239,21 +318,29 @@ class Trunk(nn.Module):
             renamed[f"{slice_of[index]}.{key.removeprefix('features.')}"] = value
         self.load_state_dict(renamed)
 
-    def taps(self, x: Tensor, checkpoint: bool = False) -> Iterator[Tensor]:
+    def taps(
+        self, x: Tensor, checkpoint: bool = False, layers: Sequence[int] | None = None
+    ) -> Iterator[Tensor]:
         """The taps of scaled images (N, 3, H, W) one after the other.
 
         A tap that the caller lets go of is kept no longer than the next slice needs it.
 
         Args:
             checkpoint: keep only the taps for backward, and recompute what lies between them.
+            layers: which taps, ascending; ``None``: all. Nothing behind the last of them runs.
         """
-        x = x.contiguous(memory_format=torch.channels_last)
-        for block in self.slices():
+        wanted = range(self.N_slices) if layers is None else layers
+        held = [x.contiguous(memory_format=torch.channels_last)]
+        del x
+        for layer, block in enumerate(self.slices()[: wanted[-1] + 1]):
             if checkpoint and torch.is_grad_enabled():
-                x = torch.utils.checkpoint.checkpoint(block, x, use_reentrant=False)
+                held = [torch.utils.checkpoint.checkpoint(block, held.pop(), use_reentrant=False)]
+            elif torch.is_grad_enabled() or not ops.is_eager() or block.is_hooked():
+                held = [block(held.pop())]
             else:
-                x = block(x)
-            yield x
+                held = [block.consume(held)]
+            if layer in wanted:
+                yield held[0]
 
     def forward(self, x: Tensor) -> tuple[Tensor, ...]:
         """Taps of scaled images.
@@ -319,15 +406,67 @@ def _output_size(layer: Layer, size: int) -> int:
     return size
 
 
-def minimum_size(net: str) -> int:
+def tap_shapes(net: str, image_size: tuple[int, int]) -> list[tuple[int, int, int]]:
+    """(C, H, W) of every tap for images of (height, width).
+
+    >>> tap_shapes("alex", (64, 64))
+    [(64, 15, 15), (192, 7, 7), (384, 3, 3), (256, 3, 3), (256, 3, 3)]
+    """
+    sizes, (height, width) = [], image_size
+    for layer in trunk_spec(net).layers:
+        height, width = _output_size(layer, height), _output_size(layer, width)
+        sizes.append((height, width))
+    taps = trunk_spec(net).taps.values()
+    return [(c, *sizes[index]) for c, index in zip(tap_channels(net), taps)]
+
+
+def check_layers(net: str, layers: Any) -> tuple[int, ...]:
+    """Indices of taps, ascending, or an error that says which there are.
+
+    Args:
+        net: a key of :data:`TRUNKS`.
+        layers: a sequence of integers in any order, each once; ``None``: all.
+
+    >>> check_layers("alex", (2, 0)), check_layers("alex", None)
+    ((0, 2), (0, 1, 2, 3, 4))
+    """
+    names = list(trunk_spec(net).taps)
+    if layers is None:
+        return tuple(range(len(names)))
+    expected = (
+        f"expected indices of the layers of {net!r}, 0 ({names[0]}) to {len(names) - 1} "
+        f"({names[-1]}), each once"
+    )
+    is_sequence = isinstance(layers, Iterable) and not isinstance(layers, (str, bytes))
+    chosen = tuple(layers) if is_sequence else ()
+    if not is_sequence or any(isinstance(k, bool) or not hasattr(k, "__index__") for k in chosen):
+        raise TypeError(f"layers is {layers!r}, {expected}, for example layers=(0, 1, 2)")
+    chosen = tuple(operator.index(k) for k in chosen)
+    if not chosen:
+        raise ValueError(f"layers is empty, {expected}")
+    wrong = [k for k in chosen if not 0 <= k < len(names)]
+    if wrong:
+        raise ValueError(f"layers holds {wrong[0]}, {expected}")
+    if len(set(chosen)) < len(chosen):
+        raise ValueError(f"layers is {chosen} and names a layer twice, {expected}")
+    return tuple(sorted(chosen))
+
+
+def minimum_size(net: str, layers: Sequence[int] | None = None) -> int:
     """The smallest height and width, in pixels, from which every tap has at least one position.
 
-    >>> minimum_size("vgg")
-    16
+    Args:
+        net: a key of :data:`TRUNKS`.
+        layers: of the taps that are wanted; ``None``: all.
+
+    >>> minimum_size("vgg"), minimum_size("vgg", (0, 1))
+    (16, 2)
     """
+    spec = trunk_spec(net)
+    last = list(spec.taps.values())[max(check_layers(net, layers))]
     for size in itertools.count(1):
         remaining = size
-        for layer in trunk_spec(net).layers:
+        for layer in spec.layers[: last + 1]:
             remaining = _output_size(layer, remaining) if remaining > 0 else 0
         if remaining > 0:
             return size

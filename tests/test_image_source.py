@@ -83,7 +83,11 @@ def test_items_are_read_once_a_group(model: LPIPS) -> None:
         (lambda x: [x[0], None], TypeError, r"X\[1\] must be a torch.Tensor"),
         (lambda x: x[..., :9, :9], ValueError, "too small"),
         (lambda x: x.byte(), TypeError, "expected floating point"),
-        (lambda x: model_of("vgg").encode(x[:1]).detach(), ValueError, "features of .* channels"),
+        (
+            lambda x: model_of("vgg").encode(x[:1]).detach(),
+            ValueError,
+            r"features of trunk '.*', but the model's is",
+        ),
     ],
 )
 def test_what_is_refused(model: LPIPS, source: Any, error: type, message: str) -> None:

@@ -26,7 +26,7 @@ def channels_last(*shape: int) -> torch.Tensor:
 
 def convolve(x, weight, bias=None, relu=False, mask=None, add=None):
     packed = OPS.winograd_pack(weight)
-    return OPS.winograd_conv3x3(x, packed, bias, relu, mask, len(weight), add)
+    return OPS.winograd_conv2d(x, packed, bias, relu, mask, len(weight), weight.shape[-1], add)
 
 
 def assert_close(result, expected, x, weight):
@@ -38,24 +38,27 @@ def assert_close(result, expected, x, weight):
 @pytest.mark.usefixtures("poisoned")
 @pytest.mark.parametrize("channels", CHANNELS, ids=str)
 @pytest.mark.parametrize("size", SIZES, ids=str)
+@pytest.mark.parametrize("kernel", [3, 5])
 class TestAgainstFloat64:
-    def test_sum(self, channels, size):
+    def test_sum(self, channels, size, kernel):
         x, weight = (
             channels_last(2, channels[0], *size),
-            torch.randn(channels[1], channels[0], 3, 3),
+            torch.randn(channels[1], channels[0], kernel, kernel),
         )
         y = convolve(x, weight)
         assert y.is_contiguous(memory_format=torch.channels_last)
-        assert_close(y, F.conv2d(x.double(), weight.double(), padding=1), x, weight)
+        assert_close(
+            y, F.conv2d(x.double(), weight.double(), padding=weight.shape[-1] // 2), x, weight
+        )
 
-    def test_bias_addend_relu_and_mask(self, channels, size):
+    def test_bias_addend_relu_and_mask(self, channels, size, kernel):
         x, weight = (
             channels_last(2, channels[0], *size),
-            torch.randn(channels[1], channels[0], 3, 3),
+            torch.randn(channels[1], channels[0], kernel, kernel),
         )
         bias = torch.randn(channels[1])
         add, mask = (channels_last(2, channels[1], *size) for _ in range(2))
-        expected = F.conv2d(x.double(), weight.double(), bias.double(), padding=1)
+        expected = F.conv2d(x.double(), weight.double(), bias.double(), padding=kernel // 2)
         assert_close(convolve(x, weight, bias, True), expected.relu(), x, weight)
         # NCHW arguments are copied.
         expected = (expected + add) * (mask > 0)
@@ -67,7 +70,12 @@ class TestAgainstFloat64:
 @pytest.mark.parametrize("scale", [1e-30, 1e-12, 1e12, 1e30])
 def test_magnitudes(scale):
     x, weight = channels_last(1, 64, 9, 9) * scale, torch.randn(32, 64, 3, 3)
-    assert_close(convolve(x, weight), F.conv2d(x.double(), weight.double(), padding=1), x, weight)
+    assert_close(
+        convolve(x, weight),
+        F.conv2d(x.double(), weight.double(), padding=weight.shape[-1] // 2),
+        x,
+        weight,
+    )
 
 
 def test_an_image_has_the_same_bits_in_any_batch():
@@ -107,6 +115,16 @@ def test_nan_and_infinity_do_not_get_lost():
         assert convolve(poisoned, weight, relu=True)[0, :, 12:, 12:].isfinite().all()
 
 
+def test_some_channels_of_an_image_are_read_where_they_lie():
+    x, weight = channels_last(2, 96, 9, 10), torch.randn(40, 32, 3, 3)
+    part = x[:, 32:64]
+    expected = convolve(part.contiguous(memory_format=torch.channels_last), weight)
+    assert torch.equal(convolve(part, weight), expected)
+    crop = x[:, 32:64, 1:8, 2:9]
+    dense = crop.contiguous(memory_format=torch.channels_last)
+    assert torch.equal(convolve(crop, weight), convolve(dense, weight))
+
+
 def test_empty_batch():
     assert convolve(channels_last(0, 32, 8, 8), torch.randn(16, 32, 3, 3)).shape == (0, 16, 8, 8)
 
@@ -116,7 +134,7 @@ def test_empty_batch():
     [
         (lambda: convolve(torch.randn(1, 8, 5, 5).double(), torch.randn(8, 8, 3, 3)), "float32"),
         (lambda: convolve(torch.randn(1, 7, 5, 5), torch.randn(8, 8, 3, 3)), "not packed for 7"),
-        (lambda: OPS.winograd_pack(torch.randn(8, 8, 5, 5)), r"\(C_out, C_in, 3, 3\)"),
+        (lambda: OPS.winograd_pack(torch.randn(8, 8, 7, 7)), r"\(C_out, C_in, 3, 3\)"),
         (
             lambda: convolve(torch.randn(1, 8, 5, 5), torch.randn(8, 8, 3, 3), torch.randn(7)),
             "bias of 8",
@@ -137,8 +155,8 @@ def test_what_does_not_fit_is_refused(call, message):
 def test_fake_kernel():
     x, weight = channels_last(2, 8, 6, 5), OPS.winograd_pack(torch.randn(16, 8, 3, 3))
     torch.library.opcheck(
-        OPS.winograd_conv3x3.default,
-        (x, weight, torch.randn(16), True, None, 16, None),
+        OPS.winograd_conv2d.default,
+        (x, weight, torch.randn(16), True, None, 16, 3, None),
         test_utils=("test_schema", "test_faketensor"),
     )
 
@@ -152,6 +170,9 @@ class TestChoice:
         assert not convolution._uses_winograd(conv, channels_last(1, 64, 8, 8).bfloat16())
         learning = nn.Conv2d(64, 64, 3, padding=1)
         assert not convolution._uses_winograd(learning, channels_last(1, 64, 8, 8))
+        assert convolution._uses_winograd(
+            nn.Conv2d(64, 64, 5, padding=2).requires_grad_(False), channels_last(1, 64, 8, 8)
+        )
         for other in (nn.Conv2d(64, 64, 3), nn.Conv2d(64, 64, 3, 2, 1), nn.Conv2d(64, 64, 5, 1, 1)):
             other.requires_grad_(False)
             assert not convolution._uses_winograd(other, channels_last(1, 64, 8, 8))
@@ -170,12 +191,13 @@ class TestChoice:
 
 @pytest.mark.parametrize("size", [(8, 8), (17, 12)], ids=str)
 @pytest.mark.parametrize("channels", [(64, 64), (64, 32), (48, 80)], ids=str)
-def test_input_gradient(channels, size):
-    conv = nn.Conv2d(*channels, 3, padding=1).requires_grad_(False)
+@pytest.mark.parametrize("kernel", [3, 5])
+def test_input_gradient(channels, size, kernel):
+    conv = nn.Conv2d(*channels, kernel, padding=kernel // 2).requires_grad_(False)
     x, grad = channels_last(2, channels[0], *size), channels_last(2, channels[1], *size)
     add = channels_last(2, channels[0], *size)
     x64 = x.double().requires_grad_()
-    y64 = F.conv2d(x64, conv.weight.double(), padding=1)
+    y64 = F.conv2d(x64, conv.weight.double(), padding=kernel // 2)
     (expected,) = torch.autograd.grad(y64, x64, grad.double())
     flipped = conv.weight.flip(2, 3).transpose(0, 1)
     assert_close(convolution.input_gradient(conv, grad, x), expected, grad, flipped)

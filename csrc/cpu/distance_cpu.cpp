@@ -7,6 +7,7 @@
 // setup.py builds this file once per CPU capability (default, AVX2, AVX512) as a library of its
 // own; lpips_fast/ops.py loads the one that torch itself would use on the machine.
 #include <algorithm>
+#include <optional>
 #include <vector>
 
 #include "../lpips_distance.h"
@@ -127,6 +128,8 @@ struct DistanceGradient {
 struct LayerGradients {
   GradientView feat0, feat1;
   void* weight;
+  FeatureView deeper{nullptr, 0, 0, 0, 0};
+  bool through_relu = false;
 };
 
 template <typename feature_t>
@@ -151,7 +154,9 @@ void backward(const LayerView& layer, double eps, const DistanceGradient& grad,
           position_grad + (p - begin),
           run_at<feature_t*>(out.feat0, image, row, column),
           run_at<feature_t*>(out.feat1, image, row, column),
-          out.weight ? partial_weight.data() + chunk * layer.c : nullptr};
+          out.weight ? partial_weight.data() + chunk * layer.c : nullptr,
+          run_at<const feature_t*>(out.deeper, image, row, column),
+          out.through_relu};
       distance_backward_run(run, layer.order, layer.c, count, eps);
     });
   });
@@ -266,6 +271,45 @@ TensorList distance_map_backward(TensorList grads, TensorList feats0, TensorList
   return out.concatenated();
 }
 
+// Everything that meets at a tap of a network, in one pass instead of three: the distance's
+// gradient to feat0, the one that comes from deeper layers, and the derivative of the ReLU whose
+// result feat0 is. `grad` is (N, 1), to a distance, or (N, 1, H, W), to a map.
+TensorList tap_backward(Tensor grad, std::optional<Tensor> deeper, Tensor feat0, Tensor feat1,
+                        Tensor weight, double eps, bool need_weight) {
+  const TensorList feats0{feat0}, weights{weight};
+  check_layers(feats0, {feat1}, weights);
+  const bool is_map = grad.dim() == 4;
+  if (is_map) {
+    check_map_gradients({grad}, feats0);
+    grad = torch::stable::contiguous(grad);
+  } else {
+    check_distance_gradient(grad, feats0);
+  }
+  const Layers layers = describe_layers(feats0, {feat1}, weights);
+  const LayerView& layer = layers.views[0];
+  STD_TORCH_CHECK(layer.order == MemoryOrder::kChannelsLast,
+                  "tap_backward takes channels-last features");
+  STD_TORCH_CHECK(
+      !deeper || (same_shape(*deeper, feat0) && deeper->scalar_type() == feat0.scalar_type()),
+      "the gradient from deeper layers must have the features' shape and dtype");
+  const Gradients out(feats0, weights, layers, true, false, need_weight);
+  LayerGradients of_layer = out.layer(0);
+  of_layer.through_relu = true;
+  if (deeper) {
+    // Dense, as the gradient is: a run may span rows.
+    deeper = torch::stable::contiguous(*deeper, MemoryFormat::ChannelsLast);
+    of_layer.deeper = view_of(*deeper, layer.order);
+  }
+  const double positions = static_cast<double>(layer.h * layer.w);
+  const DistanceGradient of_distance =
+      is_map ? DistanceGradient{grad.const_data_ptr(), layer.h * layer.w, 1, 1.0}
+             : DistanceGradient{grad.const_data_ptr(), grad.stride(0), 0, 1.0 / positions};
+  dispatch_feature_dtype(feat0.scalar_type(), [&](auto feature) {
+    backward<decltype(feature)>(layer, eps, of_distance, of_layer);
+  });
+  return out.concatenated();
+}
+
 }  // namespace
 }  // namespace lpips_fast
 
@@ -274,4 +318,5 @@ STABLE_TORCH_LIBRARY_IMPL(lpips_fast, CPU, m) {
   m.impl("distance_backward", TORCH_BOX(&lpips_fast::distance_backward));
   m.impl("distance_map", TORCH_BOX(&lpips_fast::distance_map));
   m.impl("distance_map_backward", TORCH_BOX(&lpips_fast::distance_map_backward));
+  m.impl("tap_backward", TORCH_BOX(&lpips_fast::tap_backward));
 }

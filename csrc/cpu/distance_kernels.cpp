@@ -136,6 +136,15 @@ struct ChannelsLast {
           out_a[v] = t * r_a - unit_a * k_a;
           out_b[v] = unit_b * k_b - t * r_b;
         }
+        if (run.deeper.data) {
+          const Step more = L::load(run.deeper.data + p * run.deeper.position_stride + c, count);
+          for (int v = 0; v < L::kVecs; ++v) out_a[v] = out_a[v] + more[v];
+        }
+        if (run.through_relu) {
+          const typename L::Vec zero(acc_t(0));
+          for (int v = 0; v < L::kVecs; ++v)
+            out_a[v] = L::Vec::blendv(out_a[v], zero, x[v] <= zero);
+        }
         if (run.grad_a.data)
           store_gradient(run.grad_a.data + p * run.grad_a.position_stride + c, out_a, norm_a,
                          count);

@@ -37,6 +37,10 @@ struct BackwardRun {
   const accumulator_t<feature_t>* grad;    // dL/dd, one per position
   Run<feature_t*> grad_a, grad_b;          // data is null where the gradient is not asked for
   accumulator_t<feature_t>* grad_weight;   // (C,), added to; null where not asked for
+  // Channels-last only: what else `a` passes on, added to its gradient (null: nothing); and whether
+  // `a` is the result of a ReLU, the gradient to whose argument is asked for.
+  Run<const feature_t*> deeper{nullptr, 0, 0};
+  bool through_relu = false;
 };
 
 // Instantiated for float, double, c10::Half and c10::BFloat16.

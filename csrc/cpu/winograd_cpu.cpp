@@ -15,9 +15,9 @@ using torch::stable::parallel_for;
 using torch::stable::Tensor;
 
 // What a block of tiles may take between its phases: as much as an L3 cache holds beside the
-// weights, since more tiles share one read of them.
+// weights. More tiles share one read of the weights; beyond some hundreds that is gained.
 constexpr int64_t kBlockFloats = 5 * 1024 * 1024;
-constexpr int64_t kMinimumTiles = 48;
+constexpr int64_t kMinimumTiles = 48, kMaximumTiles = 192;
 constexpr int64_t kElementsPerTask = 16 * 1024;
 
 int64_t padded(int64_t channels) {
@@ -29,12 +29,13 @@ Tensor empty(std::initializer_list<int64_t> shape, const Tensor& like) {
   return torch::stable::empty(shape, ScalarType::Float, std::nullopt, like.device());
 }
 
-// (C_out, C_in, 3, 3) to (36, panels, C_in, width): as the products read it, columns without a
-// channel zero.
+// (C_out, C_in, 3, 3) or (C_out, C_in, 5, 5) to (36, panels, C_in, width): as the products read it,
+// columns without a channel zero.
 Tensor winograd_pack(Tensor weight) {
-  STD_TORCH_CHECK(weight.dim() == 4 && weight.size(2) == 3 && weight.size(3) == 3 &&
-                      weight.scalar_type() == ScalarType::Float,
-                  "winograd_pack takes a float32 weight (C_out, C_in, 3, 3)");
+  STD_TORCH_CHECK(
+      weight.dim() == 4 && weight.size(2) == weight.size(3) &&
+          (weight.size(2) == 3 || weight.size(2) == 5) && weight.scalar_type() == ScalarType::Float,
+      "winograd_pack takes a float32 weight (C_out, C_in, 3, 3) or (C_out, C_in, 5, 5)");
   const int64_t out_channels = weight.size(0), in_channels = weight.size(1);
   const int64_t width = winograd_panel_width(), panels = padded(out_channels) / width;
   const Tensor packed = empty({kElements, panels, in_channels, width}, weight);
@@ -49,7 +50,8 @@ Tensor winograd_pack(Tensor weight) {
           float* target = to + (panel * in_channels + k) * width + j;
           if (o < out_channels) {
             winograd_transform_weight(from + o * weight.stride(0) + k * weight.stride(1),
-                                      weight.stride(2), weight.stride(3), target, element_stride);
+                                      weight.size(2), weight.stride(2), weight.stride(3), target,
+                                      element_stride);
           } else {
             for (int64_t e = 0; e < kElements; ++e) target[e * element_stride] = 0;
           }
@@ -64,6 +66,22 @@ const float* pointer_to(const std::optional<Tensor>& t) {
   return t ? static_cast<const float*>(t->const_data_ptr()) : nullptr;
 }
 
+// From one position's channels to the next one's, in channels-last order.
+int64_t position_stride(const Tensor& x) {
+  return x.size(3) > 1   ? x.stride(3)
+         : x.size(2) > 1 ? x.stride(2)
+         : x.size(0) > 1 ? x.stride(0)
+                         : x.size(1);
+}
+
+// Channels-last, densely or as some of the channels of such images.
+bool is_channels_last(const Tensor& x) {
+  const int64_t stride = position_stride(x);
+  return (x.size(1) == 1 || x.stride(1) == 1) && stride >= x.size(1) &&
+         (x.size(2) == 1 || x.stride(2) == x.size(3) * stride) &&
+         (x.size(0) == 1 || x.stride(0) == x.size(2) * x.size(3) * stride);
+}
+
 // An argument with an element for each of the result's, in the result's order.
 std::optional<Tensor> like_the_result(const std::optional<Tensor>& t, const Tensor& x,
                                       int64_t out_channels) {
@@ -75,11 +93,12 @@ std::optional<Tensor> like_the_result(const std::optional<Tensor>& t, const Tens
   return torch::stable::contiguous(*t, MemoryFormat::ChannelsLast);
 }
 
-Tensor winograd_conv3x3(Tensor x, Tensor packed, std::optional<Tensor> bias, bool relu,
-                        std::optional<Tensor> mask, int64_t out_channels,
-                        std::optional<Tensor> add) {
+Tensor winograd_conv2d(Tensor x, Tensor packed, std::optional<Tensor> bias, bool relu,
+                       std::optional<Tensor> mask, int64_t out_channels, int64_t kernel,
+                       std::optional<Tensor> add) {
   STD_TORCH_CHECK(x.dim() == 4 && x.scalar_type() == ScalarType::Float,
-                  "winograd_conv3x3 takes float32 images (N, C, H, W)");
+                  "winograd_conv2d takes float32 images (N, C, H, W)");
+  STD_TORCH_CHECK(kernel == 3 || kernel == 5, "the kernel must be 3 or 5, got ", kernel);
   const int64_t width = winograd_panel_width();
   const int64_t product_channels = padded(out_channels), panels = product_channels / width;
   STD_TORCH_CHECK(packed.dim() == 4 && packed.size(0) == kElements && packed.size(1) == panels &&
@@ -89,18 +108,19 @@ Tensor winograd_conv3x3(Tensor x, Tensor packed, std::optional<Tensor> bias, boo
   STD_TORCH_CHECK(!bias || (bias->dim() == 1 && bias->size(0) == out_channels &&
                             bias->is_contiguous() && bias->scalar_type() == ScalarType::Float),
                   "expected a contiguous float32 bias of ", out_channels, " channels");
-  x = torch::stable::contiguous(x, MemoryFormat::ChannelsLast);
+  if (!is_channels_last(x)) x = torch::stable::contiguous(x, MemoryFormat::ChannelsLast);
   mask = like_the_result(mask, x, out_channels);
   add = like_the_result(add, x, out_channels);
   const Tensor y =
       torch::stable::empty({x.size(0), out_channels, x.size(2), x.size(3)}, ScalarType::Float,
                            std::nullopt, x.device(), std::nullopt, MemoryFormat::ChannelsLast);
-  const WinogradImage image{x.size(2), x.size(3), x.size(1), out_channels};
+  const int64_t in_stride = position_stride(x);
+  const WinogradImage image{x.size(2), x.size(3), x.size(1), out_channels, in_stride, kernel};
   const int64_t in_tiles = image.tiles(), all_tiles = x.size(0) * in_tiles;
   if (all_tiles == 0) return y;
   const int64_t per_tile = kElements * (image.in_channels + product_channels);
   // Blocks of one size, the last perhaps smaller.
-  const int64_t limit = std::max(kMinimumTiles, kBlockFloats / per_tile);
+  const int64_t limit = std::clamp(kBlockFloats / per_tile, kMinimumTiles, kMaximumTiles);
   const int64_t blocks = (all_tiles + limit - 1) / limit;
   const int64_t block = (all_tiles + blocks - 1) / blocks;
   const Tensor inputs = empty({kElements, block, image.in_channels}, x);
@@ -111,7 +131,7 @@ Tensor winograd_conv3x3(Tensor x, Tensor packed, std::optional<Tensor> bias, boo
   auto* u = static_cast<float*>(inputs.mutable_data_ptr());
   auto* m = static_cast<float*>(products.mutable_data_ptr());
   auto* results = static_cast<float*>(y.mutable_data_ptr());
-  const int64_t in_size = image.height * image.width * image.in_channels;
+  const int64_t in_size = image.height * image.width * in_stride;
   const int64_t out_size = image.height * image.width * out_channels;
   const float *biases = pointer_to(bias), *addends = pointer_to(add), *masks = pointer_to(mask);
   const auto grain = [](int64_t floats) { return std::max<int64_t>(1, kElementsPerTask / floats); };
@@ -152,5 +172,5 @@ Tensor winograd_conv3x3(Tensor x, Tensor packed, std::optional<Tensor> bias, boo
 
 STABLE_TORCH_LIBRARY_IMPL(lpips_fast, CPU, m) {
   m.impl("winograd_pack", TORCH_BOX(&lpips_fast::winograd_pack));
-  m.impl("winograd_conv3x3", TORCH_BOX(&lpips_fast::winograd_conv3x3));
+  m.impl("winograd_conv2d", TORCH_BOX(&lpips_fast::winograd_conv2d));
 }

@@ -49,14 +49,20 @@ inline std::array<Vec, kTileIn> transform_in(const std::array<Vec, kTileIn>& d) 
           fmadd(p2q2, d[1], fmadd(minus_sum, d[3], d[5]))};
 }
 
-// A^T m: the powers of the points.
-inline std::array<Vec, kTileOut> transform_out(const std::array<Vec, kTileIn>& m) {
+// A^T m: the powers of the points. `count` is the tile's outputs, a side.
+template <int64_t count>
+inline std::array<Vec, count> transform_out(const std::array<Vec, kTileIn>& m) {
   using at::vec::fmadd;
   const Vec sum_p = m[1] + m[2], difference_p = m[1] - m[2];
   const Vec sum_q = m[3] + m[4], difference_q = m[3] - m[4];
-  return {m[0] + sum_p + sum_q, fmadd(Vec(kP), difference_p, Vec(kQ) * difference_q),
-          fmadd(Vec(kP2), sum_p, Vec(kQ2) * sum_q),
-          fmadd(Vec(kP3), difference_p, fmadd(Vec(kQ3), difference_q, m[5]))};
+  const Vec first = m[0] + sum_p + sum_q;
+  if constexpr (count == 2) {
+    return {first, fmadd(Vec(kP), difference_p, fmadd(Vec(kQ), difference_q, m[5]))};
+  } else {
+    return {first, fmadd(Vec(kP), difference_p, Vec(kQ) * difference_q),
+            fmadd(Vec(kP2), sum_p, Vec(kQ2) * sum_q),
+            fmadd(Vec(kP3), difference_p, fmadd(Vec(kQ3), difference_q, m[5]))};
+  }
 }
 
 // `r...` is 0, 1, ..., rows - 1. Indices known from the start, rather than unrolled loops, let the
@@ -88,30 +94,71 @@ void multiply_rest(std::integer_sequence<int, counts...>, int64_t count, const f
    ...);
 }
 
+template <int64_t tile_out>
+void transform_output(const float* m, int64_t stride, const WinogradImage& shape, int64_t tile,
+                      const WinogradEpilogue& epilogue, float* out) {
+  const int64_t top = tile / shape.tile_columns() * tile_out;
+  const int64_t left = tile % shape.tile_columns() * tile_out;
+  const int64_t rows = std::min(tile_out, shape.height - top);
+  const int64_t columns = std::min(tile_out, shape.width - left);
+  const int64_t channels = shape.out_channels;
+  const Vec zero(0.f);
+  for (int64_t c = 0; c < channels; c += kLanes) {
+    const int64_t count = std::min(kLanes, channels - c);
+    const Vec bias = epilogue.bias ? load(epilogue.bias + c, count) : zero;
+    Vec half[tile_out][kTileIn];
+    for (int64_t j = 0; j < kTileIn; ++j) {
+      std::array<Vec, kTileIn> column;
+      for (int64_t i = 0; i < kTileIn; ++i)
+        column[i] = Vec::loadu(m + (i * kTileIn + j) * stride + c);  // panels are whole vectors
+      const auto transformed = transform_out<tile_out>(column);
+      for (int64_t i = 0; i < tile_out; ++i) half[i][j] = transformed[i];
+    }
+    for (int64_t i = 0; i < rows; ++i) {
+      const auto row = transform_out<tile_out>(
+          {half[i][0], half[i][1], half[i][2], half[i][3], half[i][4], half[i][5]});
+      const int64_t at = ((top + i) * shape.width + left) * channels + c;
+      for (int64_t j = 0; j < columns; ++j) {
+        Vec value = row[j] + bias;
+        if (epilogue.add) value = value + load(epilogue.add + at + j * channels, count);
+        if (epilogue.relu) value = at::vec::maximum(value, zero);
+        if (epilogue.mask) {
+          const Vec mask = load(epilogue.mask + at + j * channels, count);
+          value = Vec::blendv(value, zero, mask <= zero);
+        }
+        store(value, out + at + j * channels, count);
+      }
+    }
+  }
+}
+
 }  // namespace
 
 int64_t winograd_panel_width() { return 2 * kLanes; }
 
-void winograd_transform_weight(const float* weight, int64_t stride_h, int64_t stride_w, float* to,
-                               int64_t stride) {
-  constexpr double p = kP, q = kQ;
-  // G: powers of the points over the product of their differences.
-  constexpr double n0 = p * p * q * q, np = 2 * p * p * (p * p - q * q),
-                   nq = 2 * q * q * (q * q - p * p);
-  constexpr double g[kTileIn][3] = {{1 / n0, 0, 0},
-                                    {1 / np, p / np, p * p / np},
-                                    {1 / np, -p / np, p * p / np},
-                                    {1 / nq, q / nq, q * q / nq},
-                                    {1 / nq, -q / nq, q * q / nq},
-                                    {0, 0, 1}};
-  double half[kTileIn][3] = {};
-  for (int i = 0; i < kTileIn; ++i)
-    for (int h = 0; h < 3; ++h)
-      for (int w = 0; w < 3; ++w) half[i][w] += g[i][h] * weight[h * stride_h + w * stride_w];
-  for (int i = 0; i < kTileIn; ++i) {
-    for (int j = 0; j < kTileIn; ++j) {
+void winograd_transform_weight(const float* weight, int64_t kernel, int64_t stride_h,
+                               int64_t stride_w, float* to, int64_t stride) {
+  constexpr int64_t kLargest = 5;
+  constexpr double p2 = kP2, q2 = kQ2;
+  // G: powers of each point over the product of its differences to the others.
+  constexpr double points[kTileIn - 1] = {0, kP, -kP, kQ, -kQ};
+  constexpr double products[kTileIn - 1] = {p2 * q2, 2 * p2 * (p2 - q2), 2 * p2 * (p2 - q2),
+                                            2 * q2 * (q2 - p2), 2 * q2 * (q2 - p2)};
+  double g[kTileIn][kLargest] = {};
+  for (int64_t i = 0; i < kTileIn - 1; ++i) {
+    double power = 1;
+    for (int64_t k = 0; k < kernel; ++k, power *= points[i]) g[i][k] = power / products[i];
+  }
+  g[kTileIn - 1][kernel - 1] = 1;  // infinity
+  double half[kTileIn][kLargest] = {};
+  for (int64_t i = 0; i < kTileIn; ++i)
+    for (int64_t h = 0; h < kernel; ++h)
+      for (int64_t w = 0; w < kernel; ++w)
+        half[i][w] += g[i][h] * weight[h * stride_h + w * stride_w];
+  for (int64_t i = 0; i < kTileIn; ++i) {
+    for (int64_t j = 0; j < kTileIn; ++j) {
       double sum = 0;
-      for (int w = 0; w < 3; ++w) sum += half[i][w] * g[j][w];
+      for (int64_t w = 0; w < kernel; ++w) sum += half[i][w] * g[j][w];
       to[(i * kTileIn + j) * stride] = static_cast<float>(sum);
     }
   }
@@ -119,8 +166,8 @@ void winograd_transform_weight(const float* weight, int64_t stride_h, int64_t st
 
 void winograd_transform_input(const float* image, const WinogradImage& shape, int64_t tile,
                               float* to, int64_t stride) {
-  const int64_t top = tile / shape.tile_columns() * kTileOut - 1;
-  const int64_t left = tile % shape.tile_columns() * kTileOut - 1;
+  const int64_t top = tile / shape.tile_columns() * shape.tile_out() - shape.kernel / 2;
+  const int64_t left = tile % shape.tile_columns() * shape.tile_out() - shape.kernel / 2;
   const int64_t channels = shape.in_channels;
   for (int64_t c = 0; c < channels; c += kLanes) {
     const int64_t count = std::min(kLanes, channels - c);
@@ -131,7 +178,7 @@ void winograd_transform_input(const float* image, const WinogradImage& shape, in
       for (int64_t i = 0; i < kTileIn; ++i) {
         const int64_t y = top + i;
         const bool inside = x >= 0 && x < shape.width && y >= 0 && y < shape.height;
-        d[i] = inside ? load(image + (y * shape.width + x) * channels + c, count) : Vec(0.f);
+        d[i] = inside ? load(image + (y * shape.width + x) * shape.in_stride + c, count) : Vec(0.f);
       }
       const auto transformed = transform_in(d);
       for (int64_t i = 0; i < kTileIn; ++i) columns[i][j] = transformed[i];
@@ -157,39 +204,8 @@ void winograd_multiply_panel(const float* rows, const float* panel, float* produ
 
 void winograd_transform_output(const float* m, int64_t stride, const WinogradImage& shape,
                                int64_t tile, const WinogradEpilogue& epilogue, float* out) {
-  const int64_t top = tile / shape.tile_columns() * kTileOut;
-  const int64_t left = tile % shape.tile_columns() * kTileOut;
-  const int64_t rows = std::min(kTileOut, shape.height - top);
-  const int64_t columns = std::min(kTileOut, shape.width - left);
-  const int64_t channels = shape.out_channels;
-  const Vec zero(0.f);
-  for (int64_t c = 0; c < channels; c += kLanes) {
-    const int64_t count = std::min(kLanes, channels - c);
-    const Vec bias = epilogue.bias ? load(epilogue.bias + c, count) : zero;
-    Vec half[kTileOut][kTileIn];
-    for (int64_t j = 0; j < kTileIn; ++j) {
-      std::array<Vec, kTileIn> column;
-      for (int64_t i = 0; i < kTileIn; ++i)
-        column[i] = Vec::loadu(m + (i * kTileIn + j) * stride + c);  // panels are whole vectors
-      const auto transformed = transform_out(column);
-      for (int64_t i = 0; i < kTileOut; ++i) half[i][j] = transformed[i];
-    }
-    for (int64_t i = 0; i < rows; ++i) {
-      const auto row =
-          transform_out({half[i][0], half[i][1], half[i][2], half[i][3], half[i][4], half[i][5]});
-      const int64_t at = ((top + i) * shape.width + left) * channels + c;
-      for (int64_t j = 0; j < columns; ++j) {
-        Vec value = row[j] + bias;
-        if (epilogue.add) value = value + load(epilogue.add + at + j * channels, count);
-        if (epilogue.relu) value = at::vec::maximum(value, zero);
-        if (epilogue.mask) {
-          const Vec mask = load(epilogue.mask + at + j * channels, count);
-          value = Vec::blendv(zero, value, mask > zero);
-        }
-        store(value, out + at + j * channels, count);
-      }
-    }
-  }
+  shape.kernel == 3 ? transform_output<4>(m, stride, shape, tile, epilogue, out)
+                    : transform_output<2>(m, stride, shape, tile, epilogue, out);
 }
 
 }  // namespace lpips_fast
