@@ -1,20 +1,19 @@
-"""Moving a model to the device that was asked for, or saying why it cannot be done."""
+"""Moving a model or a tensor to the device that was asked for, or saying why it cannot be done."""
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TypeVar
 
 import torch
 
 from .command import CommandError, sentence
 
-if TYPE_CHECKING:
-    from ..lpips import LPIPS
+_Movable = TypeVar("_Movable", bound=torch.nn.Module | torch.Tensor)
 
 
-def to_device(model: LPIPS, device: torch.device) -> LPIPS:
+def to_device(what: _Movable, device: torch.device) -> _Movable:
     try:
-        return model.to(device)
+        return what.to(device)  # type: ignore[return-value]
     except (RuntimeError, AssertionError, NotImplementedError) as error:
         raise CommandError(
             f"the device {str(device)!r} cannot be used here with torch {torch.__version__}: "

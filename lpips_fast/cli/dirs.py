@@ -28,7 +28,8 @@ from ..results import ResultFile
 from ..trunk import TRUNKS
 from ..weights import locate_trunk_weights
 from .command import Command, CommandError, print_to, tell
-from .model import add_model_arguments, load_model, metric_name
+from .image_files import add_alpha_argument
+from .model import add_model_arguments, layers_text, load_model, metric_name
 
 if TYPE_CHECKING:
     from ..lpips import LPIPS
@@ -50,10 +51,7 @@ def _add_dirs_arguments(parser: argparse.ArgumentParser) -> None:
         help="one row a pair; an interrupted run goes on where this file ends",
     )
     parser.add_argument("--overwrite", action="store_true", help="begin the file again")
-    add_model_arguments(parser)
-    net = next(action for action in parser._actions if action.dest == "net")
-    net.choices = (*TRUNKS, "all")
-    net.help = "trunk (default: alex); all: three columns, for which each image is read once"
+    add_model_arguments(parser, all_nets="three columns, for which each image is read once")
     parser.add_argument(
         "--match",
         choices=get_args(Match),
@@ -79,12 +77,7 @@ def _add_dirs_arguments(parser: argparse.ArgumentParser) -> None:
         default="bicubic",
         help="Pillow's filter for --resize (default: bicubic)",
     )
-    parser.add_argument(
-        "--alpha",
-        choices=("white", "drop", "refuse"),
-        default="white",
-        help="transparent images: composite on white (default), ignore alpha, or refuse",
-    )
+    add_alpha_argument(parser)
     parser.add_argument(
         "--batch",
         type=_positive,
@@ -325,10 +318,10 @@ def _header(
     """How this run measures: of two runs with this header, both make the same file."""
     import PIL
 
-    device, precision = options.device.type, "float32"
+    device, precision = options.device.type, options.dtype
     if device == "cuda":
         device = f"cuda, {torch.cuda.get_device_name(options.device)}"
-        if torch.backends.cudnn.allow_tf32:
+        if precision == "float32" and torch.backends.cudnn.allow_tf32:
             precision = "float32, convolutions in TF32"
     return {
         "lpips-fast": __version__,
@@ -337,6 +330,8 @@ def _header(
         "metric": "baseline (no linear layers)" if options.baseline else "LPIPS",
         "net": ", ".join(models),
         "version": options.version,
+        "normalization": options.normalization,
+        "layers": layers_text(options),
         **{f"weights of {net}": _weights(options, net, model) for net, model in models.items()},
         "dtype": precision,
         "device": device,
@@ -364,7 +359,8 @@ def _weights(options: argparse.Namespace, net: str, model: LPIPS) -> str:
         source = location.path.name if location else "downloaded"
     digest = hashlib.sha256()
     for _, tensor in sorted(model.net.state_dict().items()):
-        digest.update(tensor.detach().cpu().contiguous().numpy().tobytes())
+        # As float32, so that float64 has the digest of the float32 that it was made of.
+        digest.update(tensor.detach().float().cpu().contiguous().numpy().tobytes())
     return f"{source}, SHA-256 of its convolutions {digest.hexdigest()[:16]}"
 
 

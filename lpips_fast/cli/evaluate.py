@@ -17,7 +17,7 @@ from ..weights import read_state_dict
 from .command import Command, CommandError, print_to
 from .device import to_device
 from .judgement_data import add_judgement_arguments
-from .model import add_model_arguments, load_model, metric_name
+from .model import add_model_arguments, in_dtype, load_model, metric_name, model_options
 
 if TYPE_CHECKING:
     from ..lpips import LPIPS
@@ -108,7 +108,9 @@ def _load_checkpoint(options: argparse.Namespace) -> LPIPS:
             pnet_rand=holds_trunk,
             model_path=options.checkpoint,
             weights=options.weights,
+            normalization=options.normalization,
             verbose=False,
+            **model_options(options),
         )
     except RuntimeError as error:
         if "loading state_dict" not in str(error):
@@ -124,7 +126,7 @@ def _load_checkpoint(options: argparse.Namespace) -> LPIPS:
                 f"{options.checkpoint} holds only a part of trunk {options.net!r}: "
                 f"'net.{absent[0]}' is missing"
             )
-    return to_device(model, options.device)
+    return to_device(in_dtype(model, options), options.device)
 
 
 # ------------------------------------------------------------------------------- output
@@ -140,6 +142,7 @@ def _as_json(options: argparse.Namespace, scores: dict[str, list[dict[str, Any]]
         "metric": _metric(options),
         "size": options.size,
         **{kind: {"subsets": rows, "mean": _mean(rows)} for kind, rows in scores.items() if rows},
+        "dtype": options.dtype,
         "device": str(options.device),
         "package_version": __version__,
         "torch_version": torch.__version__,

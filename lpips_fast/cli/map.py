@@ -6,6 +6,7 @@ import argparse
 
 from . import pair
 from .command import Command
+from .image_files import add_alpha_argument
 from .model import add_model_arguments
 
 
@@ -19,12 +20,7 @@ def _add_map_arguments(parser: argparse.ArgumentParser) -> None:
         help="the picture, for example OUT.png; its numbers go to OUT.npy",
     )
     add_model_arguments(parser)
-    parser.add_argument(
-        "--alpha",
-        choices=("white", "drop", "refuse"),
-        default="white",
-        help="transparent images: composite on white (default), ignore alpha, or refuse",
-    )
+    add_alpha_argument(parser)
     parser.add_argument(
         "--json", action="store_true", help="one JSON object on standard output, nothing else"
     )

@@ -3,21 +3,39 @@
 from __future__ import annotations
 
 import argparse
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 
-from .command import CommandError, sentence, tell
+from ..normalization import NORMALIZATIONS
+from ..trunk import TRUNKS, check_layers, trunk_spec
+from .command import tell
+from .device import to_device
 
 if TYPE_CHECKING:
     from ..lpips import LPIPS
 
+DTYPES = {
+    "float32": torch.float32,
+    "bfloat16": torch.bfloat16,
+    "float16": torch.float16,
+    "float64": torch.float64,
+}
 
-def add_model_arguments(parser: argparse.ArgumentParser) -> None:
-    """Arguments for every sub-command that measures with a model; see :func:`load_model`."""
-    parser.add_argument(
-        "--net", choices=("alex", "vgg", "squeeze"), default="alex", help="trunk (default: alex)"
-    )
+
+def add_model_arguments(
+    parser: argparse.ArgumentParser, *, all_nets: str | None = None, dtype: bool = True
+) -> None:
+    """Arguments for every sub-command that measures with a model; see :func:`load_model`.
+
+    Args:
+        all_nets: what ``--net all`` does, for a sub-command that takes it.
+        dtype: whether the sub-command lets its user choose one; float32 otherwise.
+    """
+    nets, help_of_net = tuple(TRUNKS), "trunk (default: alex)"
+    if all_nets is not None:
+        nets, help_of_net = (*nets, "all"), f"{help_of_net}; all: {all_nets}"
+    parser.add_argument("--net", choices=nets, default="alex", help=help_of_net)
     parser.add_argument(
         "--version",
         choices=("0.1", "0.0"),
@@ -27,6 +45,27 @@ def add_model_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--baseline", action="store_true", help="unweighted features, no linear layers"
     )
+    parser.add_argument(
+        "--normalization",
+        choices=tuple(NORMALIZATIONS),
+        default="l2",
+        help="of the features, at every position over channels; LPIPS is l2 (default)",
+    )
+    parser.add_argument(
+        "--layers",
+        type=_layers,
+        metavar="0,1,…",
+        help="compare these layers only, which is faster and not LPIPS (default: all)",
+    )
+    if dtype:
+        parser.add_argument(
+            "--dtype",
+            choices=tuple(DTYPES),
+            default="float32",
+            help="of the trunk (default: float32); below it distances are float32 still",
+        )
+    else:
+        parser.set_defaults(dtype="float32")
     trunk = parser.add_mutually_exclusive_group()
     trunk.add_argument(
         "--weights", metavar="PATH", help="trunk weights: a file, or a folder that holds one"
@@ -48,16 +87,20 @@ def _device(text: str) -> torch.device:
         raise argparse.ArgumentTypeError(f"{text!r} is no device: try cpu or cuda") from error
 
 
+def _layers(text: str) -> tuple[int, ...]:
+    numbers = text.split(",")
+    if not all(number.strip().isdecimal() for number in numbers):
+        raise argparse.ArgumentTypeError(f"{text!r} are no layers: try 0 or 0,1,2")
+    layers = tuple(sorted(int(number) for number in numbers))
+    if len(set(layers)) < len(layers):
+        raise argparse.ArgumentTypeError(f"{text!r} names a layer twice")
+    return layers
+
+
 def load_model(options: argparse.Namespace) -> LPIPS:
     from ..lpips import LPIPS
 
-    try:
-        torch.empty(0, device=options.device)
-    except (RuntimeError, AssertionError, NotImplementedError) as error:
-        raise CommandError(
-            f"the device {str(options.device)!r} cannot be used here with torch "
-            f"{torch.__version__}: {sentence(RuntimeError(str(error)))}"
-        ) from error
+    to_device(torch.empty(0), options.device)  # before weights are looked for, and downloaded
     if options.random_trunk:
         tell("warning", "the trunk is random (--random-trunk): these numbers are not LPIPS")
         torch.manual_seed(0)
@@ -67,12 +110,43 @@ def load_model(options: argparse.Namespace) -> LPIPS:
         lpips=not options.baseline,
         pnet_rand=options.random_trunk,
         weights=options.weights,
+        normalization=options.normalization,
         verbose=False,
+        **model_options(options),
     )
-    return model.to(options.device)
+    return to_device(in_dtype(model, options), options.device)
+
+
+def model_options(options: argparse.Namespace) -> dict[str, Any]:
+    """Keyword arguments of LPIPS that every sub-command passes on as they are."""
+    dtype = None if options.dtype == "float32" else DTYPES[options.dtype]
+    return {"dtype": dtype, "layers": options.layers}
+
+
+def in_dtype(model: LPIPS, options: argparse.Namespace) -> LPIPS:
+    """The model with scaling, weights and sums in float64 too, where that is asked for."""
+    return model.double() if options.dtype == "float64" else model
+
+
+def layer_names(options: argparse.Namespace) -> list[str]:
+    """The names of the layers that are compared, as torchvision's documentation has them."""
+    names = list(trunk_spec(options.net).taps)
+    return [names[layer] for layer in check_layers(options.net, options.layers)]
+
+
+def layers_text(options: argparse.Namespace) -> str:
+    """The layers that are compared, for a file or a report."""
+    return "all" if options.layers is None else ",".join(map(str, options.layers))
 
 
 def metric_name(options: argparse.Namespace) -> str:
     metric = "baseline (no linear layers)" if options.baseline else "LPIPS"
     trunk = "random trunk, not LPIPS: " if options.random_trunk else ""
-    return f"{trunk}{metric} {options.net}, version {options.version}"
+    # LPIPS is l2, of all layers; what is not is told.
+    other = "" if options.normalization == "l2" else f", normalization {options.normalization}"
+    if options.layers is not None:
+        plural = "s" if len(options.layers) > 1 else ""
+        other += f", layer{plural} {layers_text(options)} only"
+    if options.dtype != "float32":
+        other += f", {options.dtype}"
+    return f"{trunk}{metric} {options.net}, version {options.version}{other}"

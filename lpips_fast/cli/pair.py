@@ -16,9 +16,9 @@ import torch
 from .. import __version__
 from ..heatmap import PICTURE_SUFFIXES, save_heatmap, save_map_numbers
 from ..images import read_image
-from ..trunk import trunk_spec
 from .command import Command, CommandError, print_to
-from .model import add_model_arguments, load_model, metric_name
+from .image_files import add_alpha_argument
+from .model import add_model_arguments, layer_names, load_model, metric_name
 
 if TYPE_CHECKING:
     from ..lpips import LPIPS
@@ -28,12 +28,7 @@ def _add_pair_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("image0", metavar="A", help="an image file")
     parser.add_argument("image1", metavar="B", help="another, of the same size")
     add_model_arguments(parser)
-    parser.add_argument(
-        "--alpha",
-        choices=("white", "drop", "refuse"),
-        default="white",
-        help="transparent images: composite on white (default), ignore alpha, or refuse",
-    )
+    add_alpha_argument(parser)
     parser.add_argument(
         "--map",
         type=_picture_path,
@@ -79,7 +74,7 @@ def _run_pair(options: argparse.Namespace) -> None:
         f"  {metric_name(options)}, {options.device}",
     ]
     if options.per_layer:
-        named = zip(_layer_names(options), layers, strict=True)
+        named = zip(layer_names(options), layers, strict=True)
         lines += [f"  {name}: {_rounded(value)}" for name, value in named]
     if map_report:
         lines.append(f"  map: {map_report['picture']}, {map_report['numbers']}")
@@ -145,10 +140,11 @@ def _pair_report(
     return {
         "distance": distance,
         "layers": layers,
-        "layer_names": _layer_names(options),
+        "layer_names": layer_names(options),
         "metric": "baseline" if options.baseline else "lpips",
         "net": options.net,
         "version": options.version,
+        "normalization": options.normalization,
         "trunk": "random" if options.random_trunk else "pretrained",
         "weights": options.weights,
         "images": [
@@ -158,14 +154,10 @@ def _pair_report(
         "alpha": options.alpha,
         "map": map_report,
         "device": str(options.device),
-        "dtype": "float32",
+        "dtype": options.dtype,
         "package_version": __version__,
         "torch_version": torch.__version__,
     }
-
-
-def _layer_names(options: argparse.Namespace) -> list[str]:
-    return list(trunk_spec(options.net).taps)
 
 
 def _size(image: torch.Tensor) -> str:

@@ -19,11 +19,13 @@ import numpy as np
 import torch
 
 from .. import __version__
+from ..embedding import euclidean_weights
 from ..folders import list_images
 from ..images import ImageError, image_to_tensor, read_image_uint8
 from ..pairwise import DEFAULT_MEMORY_LIMIT, mean_diversity, pairwise, plan
 from .command import PROGRAM, Command, CommandError, print_to, tell
-from .model import add_model_arguments, load_model, metric_name
+from .image_files import add_alpha_argument
+from .model import add_model_arguments, layer_names, load_model, metric_name
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
@@ -38,12 +40,7 @@ def _add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("folder", metavar="DIR", help="a folder of images, all of one size")
     add_model_arguments(parser)
     parser.add_argument("--recursive", action="store_true", help="look into its folders too")
-    parser.add_argument(
-        "--alpha",
-        choices=("white", "drop", "refuse"),
-        default="white",
-        help="transparent images: composite on white (default), ignore alpha, or refuse",
-    )
+    add_alpha_argument(parser)
     parser.add_argument(
         "-o",
         "--output",
@@ -92,6 +89,7 @@ def _run(options: argparse.Namespace) -> None:
     # Whatever a library prints while it works is not part of the result.
     with contextlib.redirect_stdout(sys.stderr):
         model = load_model(options)
+        euclidean_weights(model)  # before any work, and before a plan: is there a matrix to be had
         if min(images.size) < model.minimum_size:
             raise CommandError(
                 f"the images of {options.folder} have {images.size[1]}x{images.size[0]} pixels, "
@@ -292,7 +290,8 @@ def _report(options: argparse.Namespace, images: _Images, matrix: torch.Tensor) 
         "matrix": str(options.output) if options.output else None,
         "picture": _picture(options),
         "device": str(options.device),
-        "dtype": "float32",
+        "layer_names": layer_names(options),
+        "dtype": options.dtype,
         "package_version": __version__,
         "torch_version": torch.__version__,
     }
@@ -333,7 +332,7 @@ def _words(options: argparse.Namespace, images: _Images, report: dict[str, Any])
 def _write_matrix(
     options: argparse.Namespace,
     images: _Images,
-    matrix: NDArray[np.float32],
+    matrix: NDArray[np.floating[Any]],
     report: dict[str, Any],
 ) -> None:
     names_path = _names_path(options)
@@ -367,7 +366,7 @@ def _replacing(path: Path) -> Iterator[BinaryIO]:
 def _csv_text(
     options: argparse.Namespace,
     images: _Images,
-    matrix: NDArray[np.float32],
+    matrix: NDArray[np.floating[Any]],
     report: dict[str, Any],
 ) -> bytes:
     error = report["standard_error"]
@@ -384,9 +383,10 @@ def _csv_text(
     }
     lines = [f"# {key}: {value}" for key, value in facts.items()]
     lines.append(",".join(["name", *map(_quoted, images.names)]))
+    # So many digits give float32, or float64, back to the bit.
+    digits = 17 if matrix.dtype == np.float64 else 9
     for name, row in zip(images.names, matrix.tolist()):
-        # Nine digits give the float32 back to the bit.
-        lines.append(",".join([_quoted(name), *(f"{value:.9g}" for value in row)]))
+        lines.append(",".join([_quoted(name), *(f"{value:.{digits}g}" for value in row)]))
     return ("\n".join(lines) + "\n").encode("utf-8", "backslashreplace")
 
 
@@ -405,7 +405,7 @@ _DPI = 150
 def _draw(
     options: argparse.Namespace,
     images: _Images,
-    matrix: NDArray[np.float32],
+    matrix: NDArray[np.floating[Any]],
     report: dict[str, Any],
     file: BinaryIO,
 ) -> None:

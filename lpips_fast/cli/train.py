@@ -45,7 +45,7 @@ def _add_train_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="DIR",
         help="2AFC sub-sets to score after each epoch; may be given several times",
     )
-    add_model_arguments(parser)
+    add_model_arguments(parser, dtype=False)
     parser.add_argument(
         "--mode",
         choices=get_args(Mode),
@@ -131,6 +131,8 @@ def _model(options: argparse.Namespace) -> LPIPS:
         random_trunk=options.random_trunk,
         version=options.version,
         seed=options.seed,
+        normalization=options.normalization,
+        layers=options.layers,
     )
     return to_device(model, options.device)
 
@@ -154,9 +156,12 @@ def _report(options: argparse.Namespace, trainer: Trainer) -> str:
         lines.append(_score_line("2AFC validation, mean", *means))
     if trainer.people_2afc is not None:
         lines.append(f"{'one more person':<24}{'':>14}{100 * trainer.people_2afc:>8.2f} %")
+    other = "" if options.normalization == "l2" else f"normalization={options.normalization!r}, "
+    other += "" if options.layers is None else f"layers={options.layers}, "
     files = [LOG_FILE] if options.no_curve else [LOG_FILE, CURVE_FILE]
     lines.append(
-        f"{options.output / MODEL_FILE}: load it with LPIPS(net={options.net!r}, model_path=…)"
+        f"{options.output / MODEL_FILE}: load it with LPIPS(net={options.net!r}, "
+        f"{other}model_path=…)"
     )
     lines.append(", ".join(str(options.output / name) for name in files))
     return "\n".join(lines)

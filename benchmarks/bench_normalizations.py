@@ -1,0 +1,295 @@
+"""What each normalisation makes of the same graded distortions, and what it costs.
+
+    python benchmarks/bench_normalizations.py
+
+writes ``benchmarks/results/normalizations.md``, ``normalizations.json`` and pictures. The pairs are
+the repository's example images against themselves with noise, blur, JPEG and shifts in five
+strengths. Needs ImageNet weights of the trunk (LPIPS_FAST_WEIGHTS, or a network) and Pillow. Times
+are medians of rounds in which all normalisations take turns, and ratios are those of one round.
+"""
+
+from __future__ import annotations
+
+import argparse
+import io
+import json
+import sys
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+import machine
+import numpy as np
+import torch
+from PIL import Image, ImageFilter
+from timing import seconds_of
+from torch import Tensor
+
+from lpips_fast import LPIPS, plots
+from lpips_fast.analysis import (
+    NormalizationTable,
+    compare_normalizations,
+    describe,
+    layer_names,
+    rank_correlation,
+)
+from lpips_fast.images import image_to_tensor, read_image_uint8
+from lpips_fast.normalization import NORMALIZATIONS
+from lpips_fast.weights import WeightsError
+
+CPU = torch.device("cpu")
+RESULTS = Path(__file__).resolve().parent / "results"
+IMAGES = Path(__file__).resolve().parents[1] / "examples" / "images"
+KINDS = tuple(NORMALIZATIONS)
+
+#: Strengths of each distortion, weakest first, and the unit that they are in.
+LEVELS: dict[str, tuple[tuple[float, ...], str]] = {
+    "noise": ((4, 8, 16, 32, 64), "standard deviation, of 255"),
+    "blur": ((0.5, 1, 1.5, 2, 3), "standard deviation, pixels"),
+    "JPEG": ((90, 70, 50, 30, 10), "quality"),
+    "shift": ((1, 2, 3, 4, 6), "pixels"),
+}
+
+
+def distort(pixels: np.ndarray, kind: str, level: float) -> np.ndarray:
+    if kind == "noise":
+        noise = np.random.default_rng(0).standard_normal(pixels.shape)
+        return np.clip(np.rint(pixels + level * noise), 0, 255).astype(np.uint8)
+    if kind == "shift":  # what enters repeats the border
+        step = int(level)
+        return np.pad(pixels, ((0, 0), (step, 0), (0, 0)), mode="edge")[:, : pixels.shape[1]]
+    image = Image.fromarray(pixels)
+    if kind == "blur":
+        return np.asarray(image.filter(ImageFilter.GaussianBlur(level)))
+    file = io.BytesIO()
+    image.save(file, "JPEG", quality=int(level))
+    return np.asarray(Image.open(file))
+
+
+def pairs() -> tuple[list[tuple[Tensor, Tensor]], list[tuple[str, str, float]]]:
+    """Images with their distorted copies, and for each its image, distortion and level."""
+    images, labels = [], []
+    for path in sorted(IMAGES.glob("*.png")):
+        pixels = read_image_uint8(path)
+        reference = image_to_tensor(pixels)
+        for kind, (levels, _) in LEVELS.items():
+            for level in levels:
+                images.append((reference, image_to_tensor(distort(pixels, kind, level))))
+                labels.append((path.name, kind, level))
+    return images, labels
+
+
+def in_order(distances: list[float]) -> float:
+    """The part of steps to a stronger distortion that the distance follows upwards."""
+    steps = np.diff(np.reshape(distances, (-1, 5)), axis=1)
+    return float((steps > 0).mean())
+
+
+def figures_of(table: NormalizationTable, labels: list[tuple[str, str, float]]) -> dict[str, Any]:
+    report = table.as_dict()
+    for kind in KINDS:
+        report[kind]["steps_in_order"] = in_order(list(table[kind].distances))
+        report[kind]["rank_correlation_by_distortion"] = {}
+        for distortion in LEVELS:
+            rows = [k for k, label in enumerate(labels) if label[1] == distortion]
+            own, l2 = ([table[name].distances[k] for k in rows] for name in (kind, "l2"))
+            correlation = rank_correlation(own, l2)
+            report[kind]["rank_correlation_by_distortion"][distortion] = correlation
+    return report
+
+
+def times(net: str, size: int, batch: int, rounds: int) -> dict[str, dict[str, float]]:
+    """Seconds of a whole forward pass, of its comparison alone, and of a training step."""
+    models = {kind: LPIPS(net=net, verbose=False, normalization=kind) for kind in KINDS}
+    generator = torch.Generator().manual_seed(0)
+    in0, in1 = torch.rand(2, batch, 3, size, size, generator=generator) * 2 - 1
+    image = in0.clone().requires_grad_()
+    with torch.no_grad():
+        features0, features1 = (models["l2"].encode(x) for x in (in0, in1))
+
+    def forward(model: LPIPS) -> None:
+        with torch.no_grad():
+            model(in0, in1)
+
+    def compare(model: LPIPS) -> None:
+        with torch.no_grad():
+            model.distance(features0, features1)
+
+    def step(model: LPIPS) -> None:
+        torch.autograd.grad(model(image, features1).sum(), image)
+
+    result: dict[str, dict[str, float]] = {kind: {} for kind in KINDS}
+    for name, call in (("forward", forward), ("comparison", compare), ("step", step)):
+        seconds: dict[str, list[float]] = {kind: [] for kind in KINDS}
+        for turn in range(rounds + 1):
+            for kind, model in models.items():
+                taken = seconds_of(lambda call=call, model=model: call(model), CPU)
+                if turn:  # the first only warms up
+                    seconds[kind].append(taken)
+        for kind in KINDS:
+            result[kind][name] = median(seconds[kind])
+            ratios = [own / l2 for own, l2 in zip(seconds[kind], seconds["l2"])]
+            result[kind][f"{name}_over_l2"] = median(ratios)
+    return result
+
+
+def draw(
+    model: LPIPS,
+    table: NormalizationTable,
+    images: list[tuple[Tensor, Tensor]],
+    folder: Path,
+) -> dict[str, str]:
+    """Writes the pictures; returns their file names by caption."""
+    title = f"{describe(model)}: {len(images)} graded distortions of the example images"
+    references = torch.cat([images[k][0] for k in range(0, len(images), 5 * len(LEVELS))])
+    features = model.encode(references).detach()
+    pictures = {
+        "Distances by strength, each over the mean of its normalisation": (
+            "curves",
+            _curves(table, title),
+        ),
+        "Spread of the distances, and what the layers add": (
+            "spread",
+            plots.plot_normalization_table(table, title=title),
+        ),
+        "Features of the example images before and after": (
+            "activations",
+            plots.plot_normalizations(
+                features,
+                layers=layer_names(model),
+                title=f"Example images, trunk {model.pnet_type}",
+            ),
+        ),
+    }
+    files = {}
+    for caption, (name, figure) in pictures.items():
+        files[caption] = f"normalizations-{name}.png"
+        figure.savefig(folder / files[caption], dpi=110, facecolor="white")
+    return files
+
+
+def _curves(table: NormalizationTable, title: str) -> Any:
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(12, 3.6), layout="constrained")
+    FigureCanvasAgg(figure)
+    figure.suptitle(title, fontsize=11)
+    panels = figure.subplots(1, len(LEVELS), sharey=True)
+    colours = ("#000000", "#4477aa", "#ee6677", "#228833", "#ccbb44")
+    for column, (axes, (kind, (levels, unit))) in enumerate(zip(panels, LEVELS.items())):
+        for name, colour, marker in zip(KINDS, colours, "os^Dv"):
+            relative = np.array(table[name].distances) / table[name].mean
+            means = relative.reshape(-1, len(LEVELS), len(levels))[:, column].mean(axis=0)
+            axes.plot(range(5), means, color=colour, marker=marker, markersize=4, label=name)
+        axes.set_xticks(range(5), [f"{level:g}" for level in levels])
+        axes.set_title(kind, fontsize=10)
+        axes.set_xlabel(unit, fontsize=9)
+        axes.tick_params(labelsize=8)
+        axes.spines[["top", "right"]].set_visible(False)
+    panels[0].set_ylabel("distance / mean of all pairs", fontsize=9)
+    panels[0].set_yscale("log")
+    figure.legend(
+        *panels[0].get_legend_handles_labels(),
+        loc="outside lower center",
+        ncols=len(KINDS),
+        frameon=False,
+        fontsize=9,
+    )
+    return figure
+
+
+def markdown(results: dict[str, Any]) -> str:
+    facts, timing = results["machine"], results["timing"]
+    load = "" if results["load"] is None else f"; {results['load']:.1f} processes wanted a core"
+    distances = results["normalizations"]
+    lines = [
+        "# Normalisations compared",
+        "",
+        f"`{results['command']}`",
+        "",
+        f"{facts['CPU']}; torch {facts['torch']}{load}. {results['metric']}, ImageNet weights.",
+        "",
+        f"{results['pairs']} pairs: the {results['images']} example images (64²) against themselves"
+        " with noise, blur, JPEG and shifts in five strengths. Distances of two normalisations"
+        " share no unit: compare deviation over mean, and order. Rank correlation is Spearman's"
+        " with the distances of l2. A step is in order if the stronger distortion is farther away.",
+        "",
+        "| normalisation | mean | deviation | dev./mean | range | rank correlation with l2 "
+        "| of noise | of blur | of JPEG | of shifts | steps in order |",
+        "|---|---|---|---|---|---|---|---|---|---|---|",
+    ]
+    for kind, row in distances.items():
+        by_kind = row["rank_correlation_by_distortion"]
+        cells = [
+            *(f"{row[key]:.4g}" for key in ("mean", "deviation")),
+            f"{row['variation']:.2f}",
+            f"{row['range'][0]:.3g} to {row['range'][1]:.3g}",
+            f"{row['rank_correlation_with_l2']:.3f}",
+            *(f"{by_kind[distortion]:.3f}" for distortion in LEVELS),
+            f"{row['steps_in_order']:.0%}",
+        ]
+        lines.append(f"| {kind} | {' | '.join(cells)} |")
+    lines += [
+        "",
+        f"Times: {results['net']}, {timing['batch']} pairs of {timing['size']}², float32, medians"
+        f" of {timing['rounds']} rounds; in brackets the ratio to l2. l2 has a fused kernel, the"
+        " others are composed of torch's operators. The comparison is that of features already"
+        " encoded; a step is forward and backward to one image, the other's features given.",
+        "",
+        "| normalisation | forward | comparison alone | step |",
+        "|---|---|---|---|",
+    ]
+    for kind, row in timing["seconds"].items():
+        cells = [
+            f"{1e3 * row[name]:.1f} ms ({row[f'{name}_over_l2']:.2f}×)"
+            for name in ("forward", "comparison", "step")
+        ]
+        lines.append(f"| {kind} | {' | '.join(cells)} |")
+    for caption, file in results["pictures"].items():
+        lines += ["", f"![{caption}]({file})"]
+    return "\n".join(lines) + "\n"
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--net", choices=("alex", "vgg", "squeeze"), default="alex")
+    parser.add_argument("--size", type=int, default=256, help="of the images that are timed")
+    parser.add_argument("--batch", type=int, default=4, help="pairs that are timed")
+    parser.add_argument("--rounds", type=int, default=15)
+    parser.add_argument("--output", type=Path, default=RESULTS)
+    options = parser.parse_args()
+
+    try:
+        model = LPIPS(net=options.net, verbose=False)
+    except WeightsError as error:
+        parser.exit(1, f"{error}\n")
+    images, labels = pairs()
+    table = compare_normalizations(model, images)
+    options.output.mkdir(parents=True, exist_ok=True)
+    load = machine.load()
+    results: dict[str, Any] = {
+        "command": " ".join(["python", "benchmarks/bench_normalizations.py", *sys.argv[1:]]),
+        "machine": machine.facts(CPU),
+        "load": load,
+        "net": options.net,
+        "metric": describe(model),
+        "images": len({label[0] for label in labels}),
+        "pairs": len(images),
+        "labels": labels,
+        "normalizations": figures_of(table, labels),
+        "timing": {
+            "size": options.size,
+            "batch": options.batch,
+            "rounds": options.rounds,
+            "seconds": times(options.net, options.size, options.batch, options.rounds),
+        },
+        "pictures": draw(model, table, images, options.output),
+    }
+    (options.output / "normalizations.json").write_text(json.dumps(results, indent=2) + "\n")
+    (options.output / "normalizations.md").write_text(markdown(results))
+    print(markdown(results))
+
+
+if __name__ == "__main__":
+    main()

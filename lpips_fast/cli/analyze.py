@@ -1,0 +1,240 @@
+"""``lpips-fast analyze REF IMG --out DIR``: what a distance is made of, in tables and pictures."""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import json
+import math
+import os
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from .. import __version__, plots
+from ..analysis import (
+    ChannelImportance,
+    LayerContributions,
+    NormalizationTable,
+    channel_importance,
+    compare_normalizations,
+    layer_contributions,
+    layer_maps,
+    layer_names,
+)
+from ..images import read_image
+from .command import Command, CommandError, print_to
+from .image_files import add_alpha_argument
+from .model import add_model_arguments, load_model, metric_name
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+    from ..lpips import LPIPS
+
+_DPI = 150
+
+
+def _add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("reference", metavar="REF", help="an image file")
+    parser.add_argument(
+        "images", metavar="IMG", nargs="+", help="one or more of the same size, compared with it"
+    )
+    parser.add_argument(
+        "--out", required=True, type=Path, metavar="DIR", help="a folder for the pictures"
+    )
+    add_model_arguments(parser)
+    add_alpha_argument(parser)
+    parser.add_argument(
+        "--shared-scale",
+        action="store_true",
+        help="one colour scale for the maps of all layers, instead of one each",
+    )
+    parser.add_argument(
+        "--json", action="store_true", help="one JSON object on standard output, nothing else"
+    )
+
+
+def _run(options: argparse.Namespace) -> None:
+    plots.require_matplotlib()
+    _check_targets(options)
+    reference, *images = (
+        read_image(path, alpha=options.alpha) for path in (options.reference, *options.images)
+    )
+    for path, image in zip(options.images, images):
+        if image.shape != reference.shape:
+            raise CommandError(
+                f"the images differ in size: {options.reference} is {_size(reference)} and "
+                f"{path} is {_size(image)} pixels; crop or resize one of them"
+            )
+    # Whatever a library prints while it works is not part of the result.
+    with contextlib.redirect_stdout(sys.stderr), torch.no_grad():
+        model = load_model(options)
+        device = options.device
+        target = model.encode(reference.to(device))
+        others = model.encode(torch.cat(images).to(device))
+        contributions = layer_contributions(model, target, others)
+        for path, distance in zip(options.images, contributions.distances.tolist()):
+            if not math.isfinite(distance):
+                raise CommandError(
+                    f"the distance of {path} is {distance}: the trunk's weights must be damaged"
+                )
+        table = compare_normalizations(model, [(target, others)])
+        importance = channel_importance(model)
+        maps = layer_maps(model, target, others)
+        files = _draw(options, model, reference, images, contributions, table, importance, maps)
+
+    if options.json:
+        report = _report(options, reference, contributions, table, importance, files)
+        print(json.dumps(report, indent=2, allow_nan=False))
+        return
+    print_to(_words(options, reference, contributions, table, importance, files), sys.stdout)
+
+
+def _maps_names(options: argparse.Namespace) -> list[str]:
+    count = len(options.images)
+    return ["maps.png"] if count == 1 else [f"maps_{k + 1}.png" for k in range(count)]
+
+
+def _file_names(options: argparse.Namespace) -> list[str]:
+    return [
+        "activations.png",
+        "normalizations.png",
+        "layers.png",
+        *_maps_names(options),
+        "channels.png",
+    ]
+
+
+def _check_targets(options: argparse.Namespace) -> None:
+    """Before any work: the folder can be made, and no image is in a picture's way."""
+    if options.out.exists() and not options.out.is_dir():
+        raise CommandError(f"{options.out} is a file, expected a folder for the pictures")
+    if not options.out.parent.is_dir():
+        raise CommandError(f"cannot make {options.out}: its parent folder does not exist")
+    for name in _file_names(options):
+        path = options.out / name
+        for image in (options.reference, *options.images):
+            if path.exists() and os.path.exists(image) and path.samefile(image):
+                raise CommandError(f"a picture would overwrite {image}: name another folder")
+
+
+def _draw(
+    options: argparse.Namespace,
+    model: LPIPS,
+    reference: torch.Tensor,
+    images: list[torch.Tensor],
+    contributions: LayerContributions,
+    table: NormalizationTable,
+    importance: ChannelImportance,
+    maps: dict[str, torch.Tensor],
+) -> list[Path]:
+    metric, names = metric_name(options), [Path(path).name for path in options.images]
+    of = Path(options.reference).name
+    figures: dict[str, Figure] = {
+        "activations.png": plots.plot_normalizations(
+            model.encode(reference.to(options.device)),
+            layers=layer_names(model),
+            title=f"Features of {of}, trunk {options.net}",
+        ),
+        "normalizations.png": plots.plot_normalization_table(table, names=names),
+        "layers.png": plots.plot_layer_contributions(contributions, names=names, title=metric),
+        "channels.png": plots.plot_channel_importance(importance, title=metric),
+    }
+    for k, file in enumerate(_maps_names(options)):
+        figures[file] = plots.plot_layer_maps(
+            {name: map[k] for name, map in maps.items()},
+            reference,
+            images[k],
+            names=(of, names[k]),
+            title=f"{metric}: distance {float(contributions.distances[k]):.4g}",
+            shared_scale=options.shared_scale,
+        )
+    options.out.mkdir(exist_ok=True)
+    files = []
+    for file in _file_names(options):
+        figures[file].savefig(options.out / file, dpi=_DPI, facecolor="white")
+        files.append(options.out / file)
+    return files
+
+
+def _words(
+    options: argparse.Namespace,
+    reference: torch.Tensor,
+    contributions: LayerContributions,
+    table: NormalizationTable,
+    importance: ChannelImportance,
+    files: list[Path],
+) -> str:
+    lines = [f"{metric_name(options)}, {options.device}"]
+    lines.append(f"  {options.reference}  ({_size(reference)})  against")
+    lines += [
+        f"  {path}: {distance:.4g}"
+        for path, distance in zip(options.images, contributions.distances.tolist())
+    ]
+    lines += ["", str(contributions), "", str(table)]
+    if len(options.images) == 1:
+        lines.append("(with more images: deviation and rank correlation)")
+    lines += ["", str(importance), "", "Written:", *(f"  {path}" for path in files)]
+    return "\n".join(lines)
+
+
+def _report(
+    options: argparse.Namespace,
+    reference: torch.Tensor,
+    contributions: LayerContributions,
+    table: NormalizationTable,
+    importance: ChannelImportance,
+    files: list[Path],
+) -> dict[str, Any]:
+    rows = zip(
+        options.images,
+        contributions.distances.tolist(),
+        contributions.values.tolist(),
+        contributions.shares.tolist(),
+    )
+    return {
+        "metric": metric_name(options),
+        "reference": options.reference,
+        "width": reference.shape[-1],
+        "height": reference.shape[-2],
+        "alpha": options.alpha,
+        "normalization": options.normalization,
+        "layer_names": list(contributions.layers),
+        "images": [
+            {"path": path, "distance": distance, "layers": values, "shares": shares}
+            for path, distance, values, shares in rows
+        ],
+        "normalizations": table.as_dict(),
+        "channels": [
+            {
+                "layer": r.layer,
+                "channels": len(r.weights),
+                "of_weight_zero": r.unused_channels,
+                "effective": r.effective_channels,
+                "share_of_weight": r.share,
+                "top": [
+                    {"channel": channel, "weight": weight, "share": share}
+                    for channel, weight, share in r.top
+                ],
+            }
+            for r in importance
+        ],
+        "pictures": [str(path) for path in files],
+        "device": str(options.device),
+        "package_version": __version__,
+        "torch_version": torch.__version__,
+    }
+
+
+def _size(image: torch.Tensor) -> str:
+    return f"{image.shape[-1]}x{image.shape[-2]}"
+
+
+COMMAND = Command(
+    "show what a distance is made of: layers, places, channels, normalisations",
+    _add_arguments,
+    _run,
+)
