@@ -22,10 +22,9 @@ from tqdm import tqdm
 from .. import __version__
 from ..ops import LOADED_LIBRARIES
 from ..trunk import TRUNKS, minimum_size
+from . import argument_types
 from .command import Command, CommandError, print_to, tell
 from .device import to_device
-from .dirs import _positive, _size
-from .model import _device
 
 # Each case is looked at so many times, in turn with all others.
 _ROUNDS = 3
@@ -41,10 +40,18 @@ def _add_bench_arguments(parser: argparse.ArgumentParser) -> None:
         "--net", choices=(*TRUNKS, "all"), default="all", help="trunk (default: all three)"
     )
     parser.add_argument(
-        "--size", type=_size, default=(256, 256), metavar="WxH", help="default: 256x256"
+        "--size",
+        type=argument_types.size,
+        default=(256, 256),
+        metavar="WxH",
+        help="default: 256x256",
     )
     parser.add_argument(
-        "--batch", type=_positive, default=1, metavar="N", help="pairs in a call (default: 1)"
+        "--batch",
+        type=argument_types.positive,
+        default=1,
+        metavar="N",
+        help="pairs in a call (default: 1)",
     )
     parser.add_argument(
         "--seconds",
@@ -54,7 +61,10 @@ def _add_bench_arguments(parser: argparse.ArgumentParser) -> None:
         help="time for each figure (default: 1.5), and at least three calls",
     )
     parser.add_argument(
-        "--device", type=_device, default=torch.device("cpu"), help="cpu (default), cuda, cuda:1 …"
+        "--device",
+        type=argument_types.device,
+        default=torch.device("cpu"),
+        help="cpu (default), cuda, cuda:1 …",
     )
     parser.add_argument(
         "--json", action="store_true", help="one JSON object on standard output, nothing else"

@@ -7,7 +7,6 @@ import contextlib
 import hashlib
 import json
 import os
-import re
 import signal
 import sys
 import threading
@@ -27,6 +26,7 @@ from ..preprocessing import Preprocessing, Resampling
 from ..results import ResultFile
 from ..trunk import TRUNKS
 from ..weights import locate_trunk_weights
+from . import argument_types
 from .command import Command, CommandError, print_to, tell
 from .image_files import add_alpha_argument
 from .model import add_model_arguments, layers_text, load_model, metric_name
@@ -61,13 +61,13 @@ def _add_dirs_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--recursive", action="store_true", help="look into sub-folders too")
     parser.add_argument(
         "--resize",
-        type=_resize,
+        type=argument_types.size_or_side,
         metavar="WxH|N",
         help="resize to W by H pixels, or the shorter side to N; by default images keep their size",
     )
     parser.add_argument(
         "--crop",
-        type=_size,
+        type=argument_types.size,
         metavar="WxH",
         help="keep the centre, after --resize if both are given",
     )
@@ -80,41 +80,19 @@ def _add_dirs_arguments(parser: argparse.ArgumentParser) -> None:
     add_alpha_argument(parser)
     parser.add_argument(
         "--batch",
-        type=_positive,
+        type=argument_types.positive,
         metavar="N",
         help="measure at most N pairs of one size at once (default: 16, on a GPU 64)",
     )
     parser.add_argument(
         "--workers",
-        type=_positive,
+        type=argument_types.positive,
         metavar="N",
         help="threads that read images, and on a CPU compute (default: one a core)",
     )
     parser.add_argument(
         "--json", action="store_true", help="one JSON object on standard output, nothing else"
     )
-
-
-def _positive(text: str) -> int:
-    if not text.isdecimal() or int(text) < 1:
-        raise argparse.ArgumentTypeError(f"{text!r} is not a number from 1")
-    return int(text)
-
-
-def _size(text: str) -> tuple[int, int]:
-    match = re.fullmatch(r"([1-9][0-9]*)x([1-9][0-9]*)", text, re.ASCII)
-    if match is None:
-        raise argparse.ArgumentTypeError(f"{text!r} is not a size such as 256x256")
-    return int(match[1]), int(match[2])
-
-
-def _resize(text: str) -> int | tuple[int, int]:
-    if text.isdecimal() and int(text) > 0:
-        return int(text)
-    try:
-        return _size(text)
-    except argparse.ArgumentTypeError:
-        raise argparse.ArgumentTypeError(f"{text!r} is not a size such as 256x256 or 256") from None
 
 
 def _run_dirs(options: argparse.Namespace) -> None:

@@ -9,6 +9,7 @@ import torch
 
 from ..normalization import NORMALIZATIONS
 from ..trunk import TRUNKS, check_layers, trunk_spec
+from . import argument_types
 from .command import tell
 from .device import to_device
 
@@ -53,7 +54,7 @@ def add_model_arguments(
     )
     parser.add_argument(
         "--layers",
-        type=_layers,
+        type=argument_types.layers,
         metavar="0,1,…",
         help="compare these layers only, which is faster and not LPIPS (default: all)",
     )
@@ -76,25 +77,11 @@ def add_model_arguments(
         help="a random trunk, always the same: for trying things out, its numbers are not LPIPS",
     )
     parser.add_argument(
-        "--device", type=_device, default=torch.device("cpu"), help="cpu (default), cuda, cuda:1 …"
+        "--device",
+        type=argument_types.device,
+        default=torch.device("cpu"),
+        help="cpu (default), cuda, cuda:1 …",
     )
-
-
-def _device(text: str) -> torch.device:
-    try:
-        return torch.device(text)
-    except RuntimeError as error:
-        raise argparse.ArgumentTypeError(f"{text!r} is no device: try cpu or cuda") from error
-
-
-def _layers(text: str) -> tuple[int, ...]:
-    numbers = text.split(",")
-    if not all(number.strip().isdecimal() for number in numbers):
-        raise argparse.ArgumentTypeError(f"{text!r} are no layers: try 0 or 0,1,2")
-    layers = tuple(sorted(int(number) for number in numbers))
-    if len(set(layers)) < len(layers):
-        raise argparse.ArgumentTypeError(f"{text!r} names a layer twice")
-    return layers
 
 
 def load_model(options: argparse.Namespace) -> LPIPS:

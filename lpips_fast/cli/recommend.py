@@ -15,10 +15,10 @@ import torch
 from .. import __version__
 from ..recommendation import PEOPLE_2AFC, Recommendation, recommend_trunk
 from ..trunk_costs import Mode, cache_folder
+from . import argument_types
 from .command import Command, CommandError, print_to
 from .device import to_device
-from .dirs import _size
-from .model import DTYPES, _device
+from .model import DTYPES
 
 
 def _add_recommend_arguments(parser: argparse.ArgumentParser) -> None:
@@ -36,7 +36,11 @@ def _add_recommend_arguments(parser: argparse.ArgumentParser) -> None:
         "--max-memory-mb", type=float, metavar="MIB", help="most memory, weights included"
     )
     parser.add_argument(
-        "--size", type=_size, default=(256, 256), metavar="WxH", help="default: 256x256"
+        "--size",
+        type=argument_types.size,
+        default=(256, 256),
+        metavar="WxH",
+        help="default: 256x256",
     )
     parser.add_argument(
         "--mode",
@@ -48,7 +52,10 @@ def _add_recommend_arguments(parser: argparse.ArgumentParser) -> None:
         "--dtype", choices=tuple(DTYPES), default="float32", help="of the trunk (default: float32)"
     )
     parser.add_argument(
-        "--device", type=_device, default=None, help="cpu, cuda …; default: a GPU if there is one"
+        "--device",
+        type=argument_types.device,
+        default=None,
+        help="cpu, cuda …; default: a GPU if there is one",
     )
     parser.add_argument(
         "--refresh", action="store_true", help="measure again what an earlier call measured"
