@@ -14,6 +14,7 @@ import argparse
 import contextlib
 import io
 import json
+import shlex
 import statistics
 import sys
 from collections.abc import Callable
@@ -140,7 +141,7 @@ def table(report: dict[str, Any]) -> str:
             f"{row['run_over_original']:.1f}×",
         ]
         lines.append(f"| {row['net']} | {' | '.join(cells)} |")
-    lines += ["", "Made by `python benchmarks/bench_training.py`."]
+    lines += ["", f"Made by `{report['command']}`."]
     return "\n".join(lines) + "\n"
 
 
@@ -154,6 +155,7 @@ def main() -> None:
     options = parser.parse_args()
 
     report: dict[str, Any] = {
+        "command": shlex.join(["python", "benchmarks/bench_training.py", *sys.argv[1:]]),
         "triplets": options.triplets,
         "repeats": options.repeats,
         "device": machine.name(options.device),

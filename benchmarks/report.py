@@ -78,6 +78,9 @@ def _preamble(machine: dict[str, Any]) -> str:
     rows.append(("Command", f"`{machine['command']}`"))
     if machine.get("load") is not None:
         rows.append(("Load before the run (0 is a quiet machine)", f"{machine['load']:.1f}"))
+    for again in machine.get("again", []):
+        told = f"`{again['command']}`"
+        rows.append(("Disturbed cases measured again", f"{told}, load before {again['load']:.1f}"))
     for dtype, flops in machine["peak_flops"].items():
         rows.append((f"Large matrix product, {dtype}", f"{flops / 1e9:,.0f} GFLOP/s"))
     return "\n".join(f"- {key}: {value}" for key, value in rows)
@@ -139,7 +142,10 @@ def _timings(results: Results, mode: str) -> str:
                 _percent_of_peak(case, results),
             ]
         )
-    below = "\n\nOverhead: time over that of the convolutions alone."
+    below = (
+        "\n\nOverhead: time over that of the convolutions alone, by the fastest way that the "
+        "libraries have; below 1 our own (Winograd's algorithm) are faster than these."
+    )
     if any(case["dtype"] != "float32" for case in cases):
         below += (
             " Lines in bfloat16 compare our trunk in bfloat16 with the others in float32, "

@@ -33,7 +33,12 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--quick", action="store_true", help="only the cases that matter most")
     parser.add_argument("--output", type=Path, default=HERE / "results", help="folder of results")
-    parser.add_argument("-k", dest="only", metavar="EXPRESSION", help="cases, as pytest selects")
+    parser.add_argument(
+        "-k",
+        dest="only",
+        metavar="EXPRESSION",
+        help="cases, as pytest selects; they replace those of an earlier run",
+    )
     parser.add_argument("--seconds-per-case", type=float, help="time to spend on a case")
     options = parser.parse_args()
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -52,23 +57,32 @@ def main() -> None:
         }
     }
     _say("Timings")
-    results["cases"], exit_code = _run_pytest(options)
-    measured = {case["case"] for case in results["cases"]}
-    results["absent"] = [
-        f"{case.name}: skipped or failed, as the output of the run says"
-        for case in all_cases(device.type, options.quick)
-        if case.name not in measured and not options.only
-    ]
-    _say("Peak memory")
-    results["memory"] = peak_memory.measure_all(device.type, options.quick)
-    _say("Time by part")
-    results["time_by_part"] = time_by_part.measure_all(device)
-    _say("Precision")
-    results["precision"] = precision.measure_all(device, options.quick)
-
+    cases, exit_code = _run_pytest(options)
     options.output.mkdir(parents=True, exist_ok=True)
     stem = options.output / (machine.slug(device) + ("-quick" if options.quick else ""))
-    stem.with_suffix(".json").write_text(json.dumps(results, indent=1) + "\n")
+    file = stem.with_suffix(".json")
+    if options.only and file.exists():
+        # A disturbed case is measured again; the rest of the page stays.
+        command, load = results["machine"]["command"], results["machine"]["load"]
+        results = json.loads(file.read_text())
+        again = {case["case"]: case for case in cases}
+        results["cases"] = [again.pop(c["case"], c) for c in results["cases"]] + [*again.values()]
+        results["machine"].setdefault("again", []).append({"command": command, "load": load})
+    else:
+        results["cases"] = cases
+        measured = {case["case"] for case in cases}
+        results["absent"] = [
+            f"{case.name}: skipped or failed, as the output of the run says"
+            for case in all_cases(device.type, options.quick)
+            if case.name not in measured and not options.only
+        ]
+        _say("Peak memory")
+        results["memory"] = peak_memory.measure_all(device.type, options.quick)
+        _say("Time by part")
+        results["time_by_part"] = time_by_part.measure_all(device)
+        _say("Precision")
+        results["precision"] = precision.measure_all(device, options.quick)
+    file.write_text(json.dumps(results, indent=1) + "\n")
     pictures = plots.draw(results, stem)
     page = stem.with_suffix(".md")
     page.write_text(report.markdown(results, pictures))
