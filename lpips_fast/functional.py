@@ -61,8 +61,9 @@ def _look(feats0: Sequence[Tensor], feats1: Sequence[Tensor]) -> None:
         warn_of_features(name, feats)
 
 
-def layer_weights(feats: Sequence[Tensor], weights: Sequence[Tensor | None] | None) -> list[Tensor]:
-    """Weights as :func:`distance` takes them, as the operators take them: (C_l,) each."""
+def _layer_weights(
+    feats: Sequence[Tensor], weights: Sequence[Tensor | None] | None
+) -> list[Tensor]:
     if weights is None:
         weights = [None] * len(feats)
     if len(weights) != len(feats):
@@ -123,7 +124,7 @@ def distance(
     _check(feats0, feats1)
     if check_inputs:
         _look(feats0, feats1)
-    per_layer = layer_weights(feats0, weights)
+    per_layer = _layer_weights(feats0, weights)
     if not _is_fused(normalization, feats0):
         return composed.distance(feats0, feats1, per_layer, eps, normalization)
     return torch.ops.lpips_fast.distance(list(feats0), list(feats1), per_layer, eps)
@@ -149,7 +150,7 @@ def distance_map(
     _check(feats0, feats1)
     if check_inputs:
         _look(feats0, feats1)
-    per_layer = layer_weights(feats0, weights)
+    per_layer = _layer_weights(feats0, weights)
     if not _is_fused(normalization, feats0):
         return [
             composed.distance_map(a, b, w, eps, normalization)

@@ -13,10 +13,11 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from . import functional, ops, slice_distance
+from .composed import accumulator_dtype
 from .features import Features
 from .inputs import as_rgb_batch, check_features, check_same_size, common_batch, warn_of_values
 from .normalization import Normalization, check_normalization
-from .trunk import Trunk, check_layers, minimum_size, tap_channels, trunk_spec
+from .trunk import Slice, Trunk, check_layers, minimum_size, tap_channels, trunk_spec
 from .weights import WeightsError, load_lin_weights, load_trunk_weights, read_state_dict
 
 if TYPE_CHECKING:
@@ -375,30 +376,60 @@ class LPIPS(nn.Module):
         taps0, taps1 = [a for a, _ in pairs], [b for _, b in pairs]
         return self._per_layer(taps0, taps1, features0.image_size)
 
+    def _channel_weights(self, like: Tensor) -> list[Tensor]:
+        """(C_l,) of every compared layer, as the operators take them beside features ``like``."""
+        dtype = accumulator_dtype(like.dtype)
+        if not self.lpips:
+            return [like.new_ones(self.chns[k], dtype=dtype) for k in self.layers]
+        return [self._lin(k).weight.view(-1).to(dtype) for k in self.layers]
+
     def _layers_to_target(
-        self, image: Tensor | Features, target: Features, normalize: bool
+        self, image: Tensor | Features, target: Tensor | Features, normalize: bool
     ) -> list[Tensor]:
         """Every layer's distance of images that need a graph to a target that needs none."""
-        if isinstance(image, Features):
-            return self._layers_of_features(image, target)
-        check_same_size(_size(image), target.image_size)
+        x = self._batch([image], normalize) if isinstance(image, Tensor) else None
         fused = self.normalization == "l2" and not self.checkpoint and not self._drops()
-        x = self._batch([image], normalize) if fused else None
-        if x is None or not slice_distance.takes(self.net, x, target.taps):
+        if x is None or not fused or not slice_distance.takes(self.net, x):
+            return self._layers_of_features(
+                self._encode(image, normalize) if isinstance(image, Tensor) else image,
+                self._encoded_target(target, normalize),
+            )
+        assert isinstance(image, Tensor)
+        blocks = self.net.slices()[: self.layers[-1] + 1]
+        is_small = x.numel() < _STREAMED_FROM and len(blocks) == len(self.layers)
+        if is_small and isinstance(target, Tensor) and len(target) == len(x):
+            with torch.no_grad():
+                together = [torch.cat((x, self._batch([target], normalize)))]
+            return self._slice_distances(x, _size(image), blocks, [together] * len(blocks))
+
+        target = self._encoded_target(target, normalize)
+        if len(target) != len(x) or any(tap.dtype != x.dtype for tap in target.taps):
             return self._layers_of_features(self._encode(image, normalize), target)
+        check_same_size(_size(image), target.image_size)
+        taps = dict(zip(self.layers, target.taps))
+        targets = [taps.get(k) for k in range(len(blocks))]
+        return self._slice_distances(x, _size(image), blocks, targets)
+
+    def _encoded_target(self, target: Tensor | Features, normalize: bool) -> Features:
+        with torch.no_grad():
+            return self._encode(target, normalize) if isinstance(target, Tensor) else target
+
+    def _slice_distances(
+        self,
+        x: Tensor,
+        size: tuple[int, int],
+        blocks: Sequence[Slice],
+        targets: Sequence[Tensor | list[Tensor] | None],
+    ) -> list[Tensor]:
+        """Distances of scaled images, slice by slice; a slice without a target only runs."""
         layers = []
-        lins = [self._lin(k).weight for k in self.layers] if self.lpips else None
-        weights = functional.layer_weights(target.taps, lins)
-        compared = dict(zip(self.layers, zip(target.taps, weights)))
-        for k, block in enumerate(self.net.slices()[: self.layers[-1] + 1]):
-            if k not in compared:
+        weights = iter(self._channel_weights(x))
+        for block, target in zip(blocks, targets):
+            if target is None:
                 x = block(x)
                 continue
-            tap, weight = compared[k]
-            x, distance = slice_distance.slice_distance(block, x, tap, weight, self.spatial)
-            layers.append(
-                upsample(distance, _size(image)) if self.spatial else distance.view(-1, 1, 1, 1)
-            )
+            x, value = slice_distance.slice_distance(block, x, target, next(weights), self.spatial)
+            layers.append(upsample(value, size) if self.spatial else value.view(-1, 1, 1, 1))
         return layers
 
     def _layers(
@@ -411,9 +442,6 @@ class LPIPS(nn.Module):
                 return self._layers_in_one_pass(in0, in1, normalize)
         if graphs[0] != graphs[1]:
             image, target = (in0, in1) if graphs[0] else (in1, in0)
-            if isinstance(target, Tensor):
-                with torch.no_grad():
-                    target = self._encode(target, normalize)
             return self._layers_to_target(image, target, normalize)
         features = [self._encode(x, normalize) if isinstance(x, Tensor) else x for x in (in0, in1)]
         return self._layers_of_features(*features)

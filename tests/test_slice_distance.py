@@ -131,7 +131,7 @@ class TestInTheModel:
         assert len(calls) == model.L
 
     @pytest.mark.parametrize("spatial", [False, True])
-    @pytest.mark.parametrize("size", [(64, 64), (131, 97)], ids=str)
+    @pytest.mark.parametrize("size", [(64, 64), (131, 197)], ids=str)
     def test_values_and_gradients(self, model, spatial, size):
         image, target = image_pair(2, *size, torch.float32, seed=torch.seed() % 2**31)
         other = layer_by_layer(model)
