@@ -22,9 +22,9 @@ from .compat import (
     tensorlab2tensor,
     voc_ap,
 )
-from .composed import normalize_tensor
 from .features import Features
 from .lpips import LPIPS, NetLinLayer, ScalingLayer, spatial_average, upsample
+from .normalization import NORMALIZATIONS, normalize_features, normalize_tensor
 
 __version__ = "0.1.0"
 
@@ -32,6 +32,7 @@ __all__ = [
     "DSSIM",
     "L2",
     "LPIPS",
+    "NORMALIZATIONS",
     "BCERankingLoss",
     "Dist2LogitLayer",
     "FakeNet",
@@ -43,6 +44,7 @@ __all__ = [
     "im2tensor",
     "l2",
     "load_image",
+    "normalize_features",
     "normalize_tensor",
     "np2tensor",
     "pairwise",

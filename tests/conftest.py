@@ -9,8 +9,12 @@ import textwrap
 from pathlib import Path
 from types import ModuleType
 
+import parity
 import pytest
 import torch
+
+import lpips_fast
+import lpips_fast.export
 
 REPOSITORY = Path(__file__).resolve().parents[1]
 
@@ -69,6 +73,22 @@ def declare_torchvision_operators() -> None:
             )
     except ImportError:
         pass
+
+
+@pytest.fixture(scope="session")
+def exportable() -> lpips_fast.LPIPS:
+    """AlexNet with a random trunk, as the export tests write it to files."""
+    return lpips_fast.LPIPS(net="alex", weights=parity.trunk_weights("alex"), verbose=False)
+
+
+@pytest.fixture(scope="session")
+def onnx_file(exportable: lpips_fast.LPIPS, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """:func:`exportable` as an ONNX file of any batch, height and width."""
+    for package in ("onnx", "onnxscript", "onnxruntime"):
+        pytest.importorskip(package, reason=f"{package} is not installed: extra export")
+    path = tmp_path_factory.mktemp("onnx") / "alex.onnx"
+    lpips_fast.export.export_onnx(exportable, path)
+    return path
 
 
 @pytest.fixture

@@ -18,7 +18,20 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from .. import __version__
-from . import bench, dirs, evaluate, info, map, pair, pairwise, train, weights
+from . import (
+    analyze,
+    bench,
+    dirs,
+    evaluate,
+    export,
+    info,
+    map,
+    pair,
+    pairwise,
+    recommend,
+    train,
+    weights,
+)
 from .command import PROGRAM, Command, CommandError, sentence, show_warning, tell
 
 __all__ = ["COMMANDS", "Command", "CommandError", "main"]
@@ -29,11 +42,14 @@ COMMANDS: dict[str, Command] = {
     "dirs": dirs.COMMAND,
     "pairwise": pairwise.COMMAND,
     "map": map.COMMAND,
+    "analyze": analyze.COMMAND,
     "weights": weights.COMMAND,
     "bench": bench.COMMAND,
+    "recommend": recommend.COMMAND,
     "info": info.COMMAND,
     "train": train.COMMAND,
     "evaluate": evaluate.COMMAND,
+    "export": export.COMMAND,
 }
 
 
