@@ -1,57 +1,55 @@
-"""LPIPS as an ONNX file, checked in ONNX Runtime, and once more with its trunk in 8-bit integers.
+"""LPIPS as an ONNX file, in 32-bit floats and in 8-bit integers, run by ONNX Runtime.
 
-    python examples/export_onnx.py [FOLDER]
-
-Needs the extras ``export`` and ``images``. Without ImageNet weights it says so, and shows the way
-with a random trunk.
+Writes both files, holds the first against the model, and prints the distances of the example images
+by all three.
 """
 
 from __future__ import annotations
 
-import sys
-import warnings
+import argparse
 from pathlib import Path
 
 import torch
+from demo import RANDOM, load_model
 
-import lpips_fast
 from lpips_fast.export import export_onnx
 from lpips_fast.exported import check_exported, load_exported
 from lpips_fast.images import read_image
-from lpips_fast.quantization import QuantizationWarning, quantize
+from lpips_fast.quantization import quantize
+from lpips_fast.weights import WeightsError
 
-IMAGES = Path(__file__).resolve().parent / "images"
+HERE = Path(__file__).resolve().parent
 
 
 def main() -> None:
-    folder = Path(sys.argv[1] if len(sys.argv) > 1 else "export_output")
-    folder.mkdir(parents=True, exist_ok=True)
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--net", default="alex", choices=["alex", "vgg", "squeeze"])
+    parser.add_argument("--weights", type=Path, help="a file or folder with the trunk's weights")
+    parser.add_argument("--output", type=Path, default=Path("demo_output"))
+    options = parser.parse_args()
+
     try:
-        model = lpips_fast.LPIPS(net="alex", verbose=False)
-    except lpips_fast.weights.WeightsError as error:
-        print(f"{error}\nGoing on with a random trunk: the numbers below are not LPIPS.\n")
-        torch.manual_seed(0)
-        model = lpips_fast.LPIPS(net="alex", pnet_rand=True, verbose=False)
+        model, is_real = load_model(options.net, options.weights)
+    except WeightsError as error:
+        parser.exit(1, f"{error}\n")
+    options.output.mkdir(parents=True, exist_ok=True)
+    full, small = (options.output / f"lpips_{options.net}{kind}.onnx" for kind in ("", "_int8"))
 
-    path = folder / "lpips_alex.onnx"
-    record = export_onnx(model, path)
-    print(f"{path}: {path.stat().st_size / 1e6:.1f} MB\n{record}")
-    print(f"largest error in ONNX Runtime: {check_exported(model, path):.0e}")
+    print(f"{full}: {export_onnx(model, full)}")
+    print(f"  at most {check_exported(model, full):.1e} from the model")
+    images = {name: read_image(HERE / "images" / f"ex_{name}.png") for name in ("ref", "p0", "p1")}
+    # Three images are few to calibrate on: take some hundred that are like yours.
+    print(f"{small}: {quantize(model, small, torch.cat(list(images.values())))}")
 
-    images = {name: read_image(IMAGES / f"ex_{name}.png") for name in ("ref", "p0", "p1")}
-    exported = load_exported(path)
-    for name in ("p0", "p1"):
-        ours, theirs = (f(images["ref"], images[name]).item() for f in (model, exported))
-        print(f"ref against {name}: {ours:.6f}, by the file {theirs:.6f}")
-
-    # Calibrate on images like those that will be compared; three and their mirror images are few.
-    batch = torch.cat(list(images.values()))
-    batch = torch.cat([batch, batch.flip(3), batch.flip(2), batch.transpose(2, 3)])
-    with warnings.catch_warnings(record=True) as caught:
-        warnings.simplefilter("always", QuantizationWarning)
-        print(f"\n{quantize(model, folder / 'lpips_alex_int8.onnx', batch)}")
-    for warning in caught:
-        print(f"warning: {warning.message}")
+    print("\nreference against    model      ONNX       int8")
+    files = [load_exported(path) for path in (full, small)]
+    for name in ("p0", "p1", "ref"):
+        pair = images["ref"], images[name]
+        with torch.no_grad():
+            distances = [model(*pair).item(), *(file(*pair).item() for file in files)]
+        print(f"{name:<17}" + "".join(f"{d:11.6f}" for d in distances))
+    if not is_real:
+        print(f"\n{RANDOM}")
 
 
 if __name__ == "__main__":
