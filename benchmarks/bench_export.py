@@ -45,7 +45,6 @@ IMAGES = Path(__file__).resolve().parents[1] / "examples" / "images"
 
 PACKAGES = {"onnx": "onnxruntime", "openvino": "openvino", "coreml": "coremltools"}
 # A runtime's threads spin for a while after a call, and would take the cores of the next one's.
-_PAUSE = 0.02
 
 INT8 = (("static", ".onnx"), ("static", ".xml"), ("dynamic", ".onnx"))
 
@@ -258,7 +257,7 @@ def main() -> None:
     parser.add_argument("--sizes", nargs="+", type=int, default=[64, 256])
     parser.add_argument("--int8-sizes", nargs="*", type=int, default=[64, 256])
     parser.add_argument("--batch", type=int, default=1, help="pairs a call")
-    parser.add_argument("--rounds", type=int, default=9, help="calls of each, in turn")
+    parser.add_argument("--rounds", type=int, default=9, help="calls of each")
     parser.add_argument("--threads", type=int, help="threads of all; default: torch's")
     parser.add_argument("--output", type=Path, default=RESULTS)
     options = parser.parse_args()

@@ -142,10 +142,10 @@ class TestInTheModel:
         finally:
             model.spatial = False
         assert torch.equal(value, expected_value)
-        assert_same(got, expected)
+        assert_same(got, expected, 1e-3)
         exact = copy.deepcopy(other).double()
         _, exact_gradients = gradients(exact, image.double(), target.double())
-        assert_same(got, exact_gradients, 1e-2)  # a ReLU may switch within rounding of 0
+        assert_same(got, exact_gradients, 0.1)  # a ReLU may switch within rounding of 0
 
     def test_either_image_and_features(self, model):
         image, target = image_pair(1, 64, 80, torch.float32, seed=torch.seed() % 2**31)
