@@ -28,6 +28,16 @@ from .normalization import NORMALIZATIONS, normalize_features, normalize_tensor
 
 __version__ = "0.1.0"
 
+
+def __getattr__(name: str) -> object:
+    # Not needed to measure a distance, and so not loaded with the package.
+    if name == "recommend_trunk":
+        from .recommendation import recommend_trunk
+
+        return recommend_trunk
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+
 __all__ = [
     "DSSIM",
     "L2",
@@ -50,6 +60,7 @@ __all__ = [
     "pairwise",
     "print_network",
     "psnr",
+    "recommend_trunk",
     "rgb2lab",
     "spatial_average",
     "tensor2im",

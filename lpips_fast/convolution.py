@@ -6,10 +6,10 @@ On the CPU there are two:
   were reordered into its own blocked layout once instead of at every call: at small images the
   reordering costs more than the convolution.
 - Winograd's algorithm, our own kernel, for the 3x3 and 5x5 convolutions of frozen float32
-  weights: it multiplies a quarter as often, and takes a third to two thirds of oneDNN's time. Its
-  rounding error is about 1e-6 of the result's norm, five times that of the direct sum, and its
-  packed weights take four times the memory of 3x3 weights. ``LPIPS_FAST_WINOGRAD=0`` in the
-  environment turns it off.
+  weights: it multiplies a quarter (3x3) or a third (5x5) as often as the direct sum. Its rounding
+  error is about 1e-6 of the result's norm, five times that of the direct sum, and its packed
+  weights take four times the memory of 3x3 weights. ``LPIPS_FAST_WINOGRAD=0`` in the environment
+  turns it off.
 
 Elsewhere, and while torch.compile traces (its own compiler fuses and packs), it is torch's
 convolution followed by an in-place ReLU.

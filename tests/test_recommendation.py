@@ -160,3 +160,11 @@ def test_the_table(costs):
     assert line.split()[:5] == ["vgg", "0.692", "200.0", "±", "4.0"]
     assert line.endswith("290  200 ms is 150 over 50")
     assert "forward of one pair of 256x256 pixels, float32" in text
+
+
+def test_the_package_has_the_function_and_says_what_it_has_not():
+    import lpips_fast
+
+    assert lpips_fast.recommend_trunk is recommend_trunk
+    with pytest.raises(AttributeError, match="no attribute 'recommend_net'"):
+        lpips_fast.recommend_net  # noqa: B018
