@@ -106,18 +106,27 @@ def _pack(weight: Tensor, padding: Any, stride: Any, images: torch.Size) -> Tens
     )
 
 
-def _uses_winograd(conv: nn.Conv2d, x: Tensor) -> bool:
-    """Whether Winograd's algorithm convolves ``x``, the images or a gradient of the results.
+def _geometry(conv: nn.Conv2d) -> tuple[int, int, int]:
+    """Kernel, stride and padding: all squares."""
+    return int(conv.kernel_size[0]), int(conv.stride[0]), int(conv.padding[0])
+
+
+def _uses_winograd(conv: nn.Conv2d, channels: int, grid: torch.Size, dtype: torch.dtype) -> bool:
+    """Whether Winograd's algorithm convolves, forward or for the gradient.
 
     It does not depend on the batch, so that an image has the same bits in any.
+
+    Args:
+        channels: summed over at every position.
+        grid: height and width of the convolution's results.
     """
+    kernel, stride, _ = _geometry(conv)
     return (
         _WINOGRAD
-        and x.dtype == torch.float32
-        and (conv.kernel_size, conv.padding) in (((3, 3), (1, 1)), ((5, 5), (2, 2)))
-        and conv.stride == (1, 1)
-        and x.shape[1] >= _WINOGRAD_CHANNELS
-        and x.shape[2] * x.shape[3] >= _WINOGRAD_POSITIONS
+        and dtype == torch.float32
+        and -(-kernel // stride) in (3, 5)
+        and channels >= _WINOGRAD_CHANNELS
+        and grid[0] * grid[1] >= _WINOGRAD_POSITIONS
         and _is_frozen(conv)
     )
 
@@ -129,12 +138,12 @@ def convolve(conv: nn.Conv2d, x: Tensor, keep_nan: bool = False) -> Tensor:
         assert bias is not None
         if weight.dtype != x.dtype:
             weight, bias = weight.to(x.dtype), bias.to(x.dtype)
-        if _uses_winograd(conv, x):
-            packed = _packed(
-                conv, "winograd", x.dtype, lambda: torch.ops.lpips_fast.winograd_pack(weight)
-            )
+        kernel, stride, padding = _geometry(conv)
+        grid = torch.Size((size + 2 * padding - kernel) // stride + 1 for size in x.shape[2:])
+        if _uses_winograd(conv, conv.in_channels * stride**2, grid, x.dtype):
+            packed = _packed(conv, "winograd", x.dtype, lambda: _pack_blocks(weight, stride))
             return torch.ops.lpips_fast.winograd_conv2d(
-                x, packed, bias, True, None, conv.out_channels, conv.kernel_size[0]
+                x, packed, bias, True, None, conv.out_channels, kernel, stride, padding
             )
         if _is_frozen(conv):
             weight = _packed(
@@ -153,6 +162,21 @@ def convolve(conv: nn.Conv2d, x: Tensor, keep_nan: bool = False) -> Tensor:
             "",
         )
         return y.relu_() if keep_nan else y
+
+
+def _in_blocks(weight: Tensor, stride: int) -> Tensor:
+    """(O, I, k, k) to (O, I, t, s, t, s), t = ceil(k / s): zeros behind the last row and column."""
+    kernel = weight.shape[-1]
+    blocks = -(-kernel // stride)
+    missing = blocks * stride - kernel
+    weight = F.pad(weight.detach(), (0, missing, 0, missing))
+    return weight.unflatten(3, (blocks, stride)).unflatten(2, (blocks, stride))
+
+
+def _pack_blocks(weight: Tensor, stride: int) -> Tensor:
+    """Winograd's weights of the convolution of stride 1 over blocks of s * s positions."""
+    weight = _in_blocks(weight, stride).permute(0, 3, 5, 1, 2, 4).flatten(1, 3)
+    return torch.ops.lpips_fast.winograd_pack(weight)
 
 
 class _ConvReLU(torch.autograd.Function):
@@ -202,14 +226,44 @@ def input_gradient(
         through_relu: ``x`` is itself the result of a ReLU, whose derivative is applied too.
         add: another gradient to ``x``, to which the convolution's is added.
     """
-    if _uses_winograd(conv, grad):
-        packed = _packed(conv, "winograd gradient", x.dtype, lambda: _pack_flipped(conv))
-        mask = x if through_relu else None
-        return torch.ops.lpips_fast.winograd_conv2d(
-            grad, packed, None, False, mask, conv.in_channels, conv.kernel_size[0], add
+    kernel, stride, padding = _geometry(conv)
+    taps = -(-kernel // stride)
+    border = taps - 1 - (padding if stride == 1 else 0)
+    channels = conv.in_channels * stride**2
+    if _uses_winograd(conv, conv.out_channels, grad.shape[2:], x.dtype):
+        packed = _packed(
+            conv,
+            "winograd gradient",
+            x.dtype,
+            lambda: torch.ops.lpips_fast.winograd_pack(_gradient_weight(conv.weight, stride)),
         )
-    grad = grad.contiguous(memory_format=torch.channels_last)
-    result = _onednn_input_gradient(conv, grad, x.shape)
+        mask = x if through_relu and stride == 1 else None
+        addend = add if stride == 1 else None
+        result = torch.ops.lpips_fast.winograd_conv2d(
+            grad, packed, None, False, mask, channels, taps, 1, border, addend
+        )
+        if stride == 1:
+            return result
+    else:
+        grad = grad.contiguous(memory_format=torch.channels_last)
+        packed = _packed(
+            conv,
+            "input gradient",
+            grad.dtype,
+            lambda: _pack(
+                _gradient_weight(conv.weight.to(grad.dtype), stride).contiguous(
+                    memory_format=torch.channels_last
+                ),
+                [border, border],
+                [1, 1],
+                grad.shape,
+            ),
+        )
+        result = torch.ops.mkldnn._convolution_pointwise(
+            grad, packed, None, [border, border], [1, 1], [1, 1], 1, "none", [], ""
+        )
+    if stride > 1:
+        result = _from_blocks(result, stride, padding, x.shape)
     if add is not None:
         result.add_(add)
     if through_relu:
@@ -217,13 +271,8 @@ def input_gradient(
     return result
 
 
-def _pack_flipped(conv: nn.Conv2d) -> Tensor:
-    """The weights of the convolution that is the gradient: flipped, channels in and out swapped."""
-    return torch.ops.lpips_fast.winograd_pack(conv.weight.detach().flip(2, 3).transpose(0, 1))
-
-
-def _onednn_input_gradient(conv: nn.Conv2d, grad: Tensor, images: torch.Size) -> Tensor:
-    """The gradient to the images as a forward convolution of stride 1, with packed weights.
+def _gradient_weight(weight: Tensor, stride: int) -> Tensor:
+    """(s * s * I, O, t, t): the weights of the convolution of stride 1 that is the gradient.
 
     A position s * q + r of the image meets every s-th weight only, those of phase r. So its
     gradient is one of s * s convolutions of ceil(k / s) weights a side; they run as one, with
@@ -231,35 +280,11 @@ def _onednn_input_gradient(conv: nn.Conv2d, grad: Tensor, images: torch.Size) ->
     al. 2016) gives the image's gradient. With stride 1 it is the flipped convolution of the
     textbooks. Torch's own takes four times as long for AlexNet's first layer (k = 11, s = 4).
     """
-    kernel, stride, padding = (
-        int(v[0])
-        for v in (conv.kernel_size, conv.stride, conv.padding)  # squares, all of them
-    )
-    taps = -(-kernel // stride)
-    border = taps - 1 - (padding if stride == 1 else 0)
+    return _in_blocks(weight, stride).flip(2, 4).permute(1, 3, 5, 0, 2, 4).flatten(0, 2)
 
-    def pack() -> Tensor:
-        missing = taps * stride - kernel
-        weight = F.pad(conv.weight.detach().to(grad.dtype), (0, missing, 0, missing))
-        weight = weight.unflatten(3, (taps, stride)).unflatten(2, (taps, stride)).flip(2, 4)
-        weight = weight.permute(1, 3, 5, 0, 2, 4).flatten(0, 2)
-        weight = weight.contiguous(memory_format=torch.channels_last)
-        return _pack(weight, [border, border], [1, 1], grad.shape)
 
-    result = torch.ops.mkldnn._convolution_pointwise(
-        grad,
-        _packed(conv, "input gradient", grad.dtype, pack),
-        None,
-        [border, border],
-        [1, 1],
-        [1, 1],
-        1,
-        "none",
-        [],
-        "",
-    )
-    if stride == 1:
-        return result
+def _from_blocks(result: Tensor, stride: int, padding: int, images: torch.Size) -> Tensor:
+    """Channels (C, s, s) of blocks as positions of the images."""
     result = F.pixel_shuffle(result, stride)
     height, width = images[2:]
     below = max(0, padding + height - result.shape[2])  # rows and columns that no window reaches

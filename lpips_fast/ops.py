@@ -285,9 +285,12 @@ def _(
     mask: Tensor | None,
     out_channels: int,
     kernel: int,
+    stride: int,
+    padding: int,
     add: Tensor | None = None,
 ) -> Tensor:
-    shape = (x.shape[0], out_channels, *x.shape[2:])
+    sizes = ((size + 2 * padding - kernel) // stride + 1 for size in x.shape[2:])
+    shape = (x.shape[0], out_channels, *sizes)
     return torch.empty(shape, dtype=x.dtype, device=x.device, memory_format=torch.channels_last)
 
 

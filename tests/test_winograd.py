@@ -24,14 +24,19 @@ def channels_last(*shape: int) -> torch.Tensor:
     return torch.randn(shape).contiguous(memory_format=torch.channels_last)
 
 
-def convolve(x, weight, bias=None, relu=False, mask=None, add=None):
-    packed = OPS.winograd_pack(weight)
-    return OPS.winograd_conv2d(x, packed, bias, relu, mask, len(weight), weight.shape[-1], add)
+def convolve(x, weight, bias=None, relu=False, mask=None, add=None, stride=1, padding=None):
+    packed = convolution._pack_blocks(weight, stride)
+    kernel = weight.shape[-1]
+    padding = kernel // 2 if padding is None else padding
+    return OPS.winograd_conv2d(
+        x, packed, bias, relu, mask, len(weight), kernel, stride, padding, add
+    )
 
 
 def assert_close(result, expected, x, weight):
     """To rounding, normwise: a small result beside large ones has the rounding of these."""
     scale = x.double().norm() * weight.double().norm() + expected.norm()
+    assert result.shape == expected.shape
     assert (result.double() - expected).norm() < 2e-6 * scale
 
 
@@ -67,20 +72,51 @@ class TestAgainstFloat64:
         assert_close(result, expected, x, weight)
 
 
+# Kernel, stride, padding: AlexNet's first layer, and what else becomes 3x3 or 5x5 blocks.
+STRIDED = [(11, 4, 2), (12, 4, 0), (5, 2, 2), (6, 2, 3), (7, 3, 1), (9, 2, 4), (3, 1, 0), (5, 1, 4)]
+
+
+@pytest.mark.usefixtures("poisoned")
+@pytest.mark.parametrize("geometry", STRIDED, ids=str)
+@pytest.mark.parametrize("channels", [(3, 64), (1, 5), (20, 33)], ids=str)
+@pytest.mark.parametrize("size", [(12, 12), (31, 45), (64, 18)], ids=str)
+def test_strides_and_padding(geometry, channels, size):
+    kernel, stride, padding = geometry
+    x, weight = channels_last(2, channels[0], *size), torch.randn(*channels[::-1], kernel, kernel)
+    bias = torch.randn(channels[1])
+    y = convolve(x, weight, bias, relu=True, stride=stride, padding=padding)
+    expected = F.conv2d(x.double(), weight.double(), bias.double(), stride, padding)
+    assert y.is_contiguous(memory_format=torch.channels_last)
+    assert_close(y, expected.relu(), x, weight)
+    # Blocks are read where they lie, or else copied: some channels of an image, a crop of one.
+    wide = channels_last(2, channels[0] + 2, size[0] + 1, size[1] + 3)
+    part = wide[:, 1:-1, 1:, 2:-1]
+    dense = part.contiguous(memory_format=torch.channels_last)
+    arguments = {"bias": bias, "stride": stride, "padding": padding}
+    assert torch.equal(convolve(part, weight, **arguments), convolve(dense, weight, **arguments))
+
+
+@pytest.mark.parametrize("kernel", [3, 5])
 @pytest.mark.parametrize("scale", [1e-30, 1e-12, 1e12, 1e30])
-def test_magnitudes(scale):
-    x, weight = channels_last(1, 64, 9, 9) * scale, torch.randn(32, 64, 3, 3)
-    assert_close(
-        convolve(x, weight),
-        F.conv2d(x.double(), weight.double(), padding=weight.shape[-1] // 2),
-        x,
-        weight,
-    )
+def test_magnitudes(scale, kernel):
+    x, weight = channels_last(1, 64, 9, 9) * scale, torch.randn(32, 64, kernel, kernel)
+    expected = F.conv2d(x.double(), weight.double(), padding=kernel // 2)
+    assert_close(convolve(x, weight), expected, x, weight)
 
 
-def test_an_image_has_the_same_bits_in_any_batch():
+@pytest.mark.parametrize("kernel", [3, 5])
+def test_rounding_of_what_a_relu_leaves(kernel):
+    # All of one sign, so that transforms cancel. What csrc/cpu/winograd_kernels.h says of it.
+    x, weight = channels_last(1, 64, 31, 31).relu(), torch.randn(192, 64, kernel, kernel)
+    expected = F.conv2d(x.double(), weight.double(), padding=kernel // 2)
+    error = (convolve(x, weight).double() - expected).norm() / expected.norm()
+    assert error < {3: 2e-6, 5: 5e-6}[kernel]
+
+
+@pytest.mark.parametrize("channels, kernel", [(512, 3), (192, 5)])
+def test_an_image_has_the_same_bits_in_any_batch(channels, kernel):
     # Enough tiles for several blocks, and rows of products in every place of one.
-    x, weight = channels_last(13, 512, 12, 11), torch.randn(96, 512, 3, 3)
+    x, weight = channels_last(13, channels, 12, 11), torch.randn(96, channels, kernel, kernel)
     together = convolve(x, weight)
     for k in range(len(x)):
         assert torch.equal(convolve(x[k : k + 1], weight), together[k : k + 1])
@@ -133,8 +169,18 @@ def test_empty_batch():
     "call, message",
     [
         (lambda: convolve(torch.randn(1, 8, 5, 5).double(), torch.randn(8, 8, 3, 3)), "float32"),
-        (lambda: convolve(torch.randn(1, 7, 5, 5), torch.randn(8, 8, 3, 3)), "not packed for 7"),
+        (lambda: convolve(torch.randn(1, 7, 5, 5), torch.randn(8, 8, 3, 3)), "not packed for blocks of 1x1x7"),
         (lambda: OPS.winograd_pack(torch.randn(8, 8, 7, 7)), r"\(C_out, C_in, 3, 3\)"),
+        (
+            lambda: convolve(torch.randn(1, 8, 2, 9), torch.randn(8, 8, 5, 5), padding=1),
+            "smaller than the kernel",
+        ),
+        (
+            lambda: OPS.winograd_conv2d(
+                torch.randn(1, 8, 9, 9), torch.randn(1), None, False, None, 8, 7, 1, 3
+            ),
+            "3 or 5 times the stride, rounded up, got 7",
+        ),
         (
             lambda: convolve(torch.randn(1, 8, 5, 5), torch.randn(8, 8, 3, 3), torch.randn(7)),
             "bias of 8",
@@ -156,7 +202,7 @@ def test_fake_kernel():
     x, weight = channels_last(2, 8, 6, 5), OPS.winograd_pack(torch.randn(16, 8, 3, 3))
     torch.library.opcheck(
         OPS.winograd_conv2d.default,
-        (x, weight, torch.randn(16), True, None, 16, 3, None),
+        (x, weight, torch.randn(16), True, None, 16, 3, 1, 1, None),
         test_utils=("test_schema", "test_faketensor"),
     )
 
@@ -164,18 +210,18 @@ def test_fake_kernel():
 class TestChoice:
     @pytest.mark.skipif(not convolution._WINOGRAD, reason="there are no wide vectors here")
     def test_where_it_is_taken(self):
+        def takes(conv, channels=64, grid=(8, 8), dtype=torch.float32):
+            return convolution._uses_winograd(conv, channels, torch.Size(grid), dtype)
+
         conv = nn.Conv2d(64, 64, 3, padding=1).requires_grad_(False)
-        assert convolution._uses_winograd(conv, channels_last(1, 64, 8, 8))
-        assert not convolution._uses_winograd(conv, channels_last(1, 64, 7, 7))
-        assert not convolution._uses_winograd(conv, channels_last(1, 64, 8, 8).bfloat16())
-        learning = nn.Conv2d(64, 64, 3, padding=1)
-        assert not convolution._uses_winograd(learning, channels_last(1, 64, 8, 8))
-        assert convolution._uses_winograd(
-            nn.Conv2d(64, 64, 5, padding=2).requires_grad_(False), channels_last(1, 64, 8, 8)
-        )
-        for other in (nn.Conv2d(64, 64, 3), nn.Conv2d(64, 64, 3, 2, 1), nn.Conv2d(64, 64, 5, 1, 1)):
-            other.requires_grad_(False)
-            assert not convolution._uses_winograd(other, channels_last(1, 64, 8, 8))
+        assert takes(conv)
+        assert not takes(conv, grid=(8, 7))
+        assert not takes(conv, channels=16)
+        assert not takes(conv, dtype=torch.bfloat16)
+        assert not takes(nn.Conv2d(64, 64, 3, padding=1)), "learns"
+        for kernel, stride, taken in ((5, 1, True), (11, 4, True), (1, 1, False), (3, 2, False)):
+            other = nn.Conv2d(64, 64, kernel, stride).requires_grad_(False)
+            assert takes(other) == taken
 
     def test_environment_turns_it_off(self):
         code = "from lpips_fast import convolution; print(convolution._WINOGRAD)"
@@ -189,15 +235,15 @@ class TestChoice:
         assert run.stdout.strip() == "False"
 
 
-@pytest.mark.parametrize("size", [(8, 8), (17, 12)], ids=str)
-@pytest.mark.parametrize("channels", [(64, 64), (64, 32), (48, 80)], ids=str)
-@pytest.mark.parametrize("kernel", [3, 5])
-def test_input_gradient(channels, size, kernel):
-    conv = nn.Conv2d(*channels, kernel, padding=kernel // 2).requires_grad_(False)
-    x, grad = channels_last(2, channels[0], *size), channels_last(2, channels[1], *size)
-    add = channels_last(2, channels[0], *size)
-    x64 = x.double().requires_grad_()
-    y64 = F.conv2d(x64, conv.weight.double(), padding=kernel // 2)
+@pytest.mark.parametrize("size", [(33, 33), (37, 50)], ids=str)
+@pytest.mark.parametrize("channels", [(64, 64), (3, 64), (48, 80)], ids=str)
+@pytest.mark.parametrize("geometry", [(3, 1, 1), (5, 1, 2), (11, 4, 2), (5, 2, 0)], ids=str)
+def test_input_gradient(channels, size, geometry):
+    kernel, stride, padding = geometry
+    conv = nn.Conv2d(*channels, kernel, stride, padding).requires_grad_(False)
+    x64 = channels_last(2, channels[0], *size).double().requires_grad_()
+    y64 = F.conv2d(x64, conv.weight.double(), None, stride, padding)
+    x, grad, add = x64.detach().float(), channels_last(*y64.shape), channels_last(*x64.shape)
     (expected,) = torch.autograd.grad(y64, x64, grad.double())
     flipped = conv.weight.flip(2, 3).transpose(0, 1)
     assert_close(convolution.input_gradient(conv, grad, x), expected, grad, flipped)

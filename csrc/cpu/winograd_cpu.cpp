@@ -29,8 +29,8 @@ Tensor empty(std::initializer_list<int64_t> shape, const Tensor& like) {
   return torch::stable::empty(shape, ScalarType::Float, std::nullopt, like.device());
 }
 
-// (C_out, C_in, 3, 3) or (C_out, C_in, 5, 5) to (36, panels, C_in, width): as the products read it,
-// columns without a channel zero.
+// (C_out, C_in, 3, 3) or (C_out, C_in, 5, 5) to (36 or 64, panels, C_in, width): as the products
+// read it, columns without a channel zero.
 Tensor winograd_pack(Tensor weight) {
   STD_TORCH_CHECK(
       weight.dim() == 4 && weight.size(2) == weight.size(3) &&
@@ -38,7 +38,8 @@ Tensor winograd_pack(Tensor weight) {
       "winograd_pack takes a float32 weight (C_out, C_in, 3, 3) or (C_out, C_in, 5, 5)");
   const int64_t out_channels = weight.size(0), in_channels = weight.size(1);
   const int64_t width = winograd_panel_width(), panels = padded(out_channels) / width;
-  const Tensor packed = empty({kElements, panels, in_channels, width}, weight);
+  const int64_t elements = winograd_elements(weight.size(2));
+  const Tensor packed = empty({elements, panels, in_channels, width}, weight);
   const auto* from = static_cast<const float*>(weight.const_data_ptr());
   auto* to = static_cast<float*>(packed.mutable_data_ptr());
   const int64_t element_stride = panels * in_channels * width;
@@ -53,7 +54,7 @@ Tensor winograd_pack(Tensor weight) {
                                       weight.size(2), weight.stride(2), weight.stride(3), target,
                                       element_stride);
           } else {
-            for (int64_t e = 0; e < kElements; ++e) target[e * element_stride] = 0;
+            for (int64_t e = 0; e < elements; ++e) target[e * element_stride] = 0;
           }
         }
       }
@@ -83,11 +84,10 @@ bool is_channels_last(const Tensor& x) {
 }
 
 // An argument with an element for each of the result's, in the result's order.
-std::optional<Tensor> like_the_result(const std::optional<Tensor>& t, const Tensor& x,
-                                      int64_t out_channels) {
+std::optional<Tensor> like_the_result(const std::optional<Tensor>& t, const Tensor& y) {
   if (!t) return t;
-  STD_TORCH_CHECK(t->dim() == 4 && t->size(0) == x.size(0) && t->size(1) == out_channels &&
-                      t->size(2) == x.size(2) && t->size(3) == x.size(3) &&
+  STD_TORCH_CHECK(t->dim() == 4 && t->size(0) == y.size(0) && t->size(1) == y.size(1) &&
+                      t->size(2) == y.size(2) && t->size(3) == y.size(3) &&
                       t->scalar_type() == ScalarType::Float,
                   "mask and add must have the shape and dtype of the result");
   return torch::stable::contiguous(*t, MemoryFormat::ChannelsLast);
@@ -95,66 +95,77 @@ std::optional<Tensor> like_the_result(const std::optional<Tensor>& t, const Tens
 
 Tensor winograd_conv2d(Tensor x, Tensor packed, std::optional<Tensor> bias, bool relu,
                        std::optional<Tensor> mask, int64_t out_channels, int64_t kernel,
-                       std::optional<Tensor> add) {
+                       int64_t stride, int64_t padding, std::optional<Tensor> add) {
   STD_TORCH_CHECK(x.dim() == 4 && x.scalar_type() == ScalarType::Float,
                   "winograd_conv2d takes float32 images (N, C, H, W)");
-  STD_TORCH_CHECK(kernel == 3 || kernel == 5, "the kernel must be 3 or 5, got ", kernel);
+  STD_TORCH_CHECK(stride >= 1 && padding >= 0, "expected a stride of at least 1 and a padding");
+  const int64_t blocks_of_kernel = (kernel + stride - 1) / stride;
+  STD_TORCH_CHECK(blocks_of_kernel == 3 || blocks_of_kernel == 5,
+                  "the kernel must be 3 or 5 times the stride, rounded up, got ", kernel);
+  const int64_t height = (x.size(2) + 2 * padding - kernel) / stride + 1;
+  const int64_t columns = (x.size(3) + 2 * padding - kernel) / stride + 1;
+  STD_TORCH_CHECK(x.size(2) + 2 * padding >= kernel && x.size(3) + 2 * padding >= kernel,
+                  "images of ", x.size(2), "x", x.size(3), " are smaller than the kernel");
   const int64_t width = winograd_panel_width();
   const int64_t product_channels = padded(out_channels), panels = product_channels / width;
-  STD_TORCH_CHECK(packed.dim() == 4 && packed.size(0) == kElements && packed.size(1) == panels &&
-                      packed.size(2) == x.size(1) && packed.size(3) == width &&
-                      packed.is_contiguous() && packed.scalar_type() == ScalarType::Float,
-                  "the weight was not packed for ", x.size(1), " to ", out_channels, " channels");
+  STD_TORCH_CHECK(packed.dim() == 4 && packed.size(0) == winograd_elements(blocks_of_kernel) &&
+                      packed.size(1) == panels && packed.size(2) == stride * stride * x.size(1) &&
+                      packed.size(3) == width && packed.is_contiguous() &&
+                      packed.scalar_type() == ScalarType::Float,
+                  "the weight was not packed for blocks of ", stride, "x", stride, "x", x.size(1),
+                  " to ", out_channels, " channels");
   STD_TORCH_CHECK(!bias || (bias->dim() == 1 && bias->size(0) == out_channels &&
                             bias->is_contiguous() && bias->scalar_type() == ScalarType::Float),
                   "expected a contiguous float32 bias of ", out_channels, " channels");
-  if (!is_channels_last(x)) x = torch::stable::contiguous(x, MemoryFormat::ChannelsLast);
-  mask = like_the_result(mask, x, out_channels);
-  add = like_the_result(add, x, out_channels);
+  if (!is_channels_last(x) || (stride > 1 && position_stride(x) != x.size(1)))
+    x = torch::stable::contiguous(x, MemoryFormat::ChannelsLast);
   const Tensor y =
-      torch::stable::empty({x.size(0), out_channels, x.size(2), x.size(3)}, ScalarType::Float,
+      torch::stable::empty({x.size(0), out_channels, height, columns}, ScalarType::Float,
                            std::nullopt, x.device(), std::nullopt, MemoryFormat::ChannelsLast);
-  const int64_t in_stride = position_stride(x);
-  const WinogradImage image{x.size(2), x.size(3), x.size(1), out_channels, in_stride, kernel};
+  mask = like_the_result(mask, y);
+  add = like_the_result(add, y);
+  const WinogradImage image{height,    columns,         out_channels,       x.size(2),
+                            x.size(3), x.size(1),       position_stride(x), stride,
+                            padding,   blocks_of_kernel};
   const int64_t in_tiles = image.tiles(), all_tiles = x.size(0) * in_tiles;
   if (all_tiles == 0) return y;
-  const int64_t per_tile = kElements * (image.in_channels + product_channels);
+  const int64_t depth = image.depth(), elements = image.elements();
+  const int64_t per_tile = elements * (depth + product_channels);
   // Blocks of one size, the last perhaps smaller.
   const int64_t limit = std::clamp(kBlockFloats / per_tile, kMinimumTiles, kMaximumTiles);
   const int64_t blocks = (all_tiles + limit - 1) / limit;
   const int64_t block = (all_tiles + blocks - 1) / blocks;
-  const Tensor inputs = empty({kElements, block, image.in_channels}, x);
-  const Tensor products = empty({kElements, block, product_channels}, x);
+  const Tensor inputs = empty({elements, block, depth}, x);
+  const Tensor products = empty({elements, block, product_channels}, x);
 
   const auto* images = static_cast<const float*>(x.const_data_ptr());
   const auto* weights = static_cast<const float*>(packed.const_data_ptr());
   auto* u = static_cast<float*>(inputs.mutable_data_ptr());
   auto* m = static_cast<float*>(products.mutable_data_ptr());
   auto* results = static_cast<float*>(y.mutable_data_ptr());
-  const int64_t in_size = image.height * image.width * in_stride;
+  const int64_t in_size = image.in_height * image.in_width * image.in_stride;
   const int64_t out_size = image.height * image.width * out_channels;
   const float *biases = pointer_to(bias), *addends = pointer_to(add), *masks = pointer_to(mask);
   const auto grain = [](int64_t floats) { return std::max<int64_t>(1, kElementsPerTask / floats); };
 
   for (int64_t begin = 0; begin < all_tiles; begin += block) {
     const int64_t count = std::min(block, all_tiles - begin);
-    const int64_t u_stride = count * image.in_channels, m_stride = count * product_channels;
-    parallel_for(0, count, grain(kElements * image.in_channels), [&](int64_t first, int64_t last) {
+    const int64_t u_stride = count * depth, m_stride = count * product_channels;
+    parallel_for(0, count, grain(elements * depth), [&](int64_t first, int64_t last) {
       for (int64_t t = first; t < last; ++t) {
         winograd_transform_input(images + (begin + t) / in_tiles * in_size, image,
-                                 (begin + t) % in_tiles, u + t * image.in_channels, u_stride);
+                                 (begin + t) % in_tiles, u + t * depth, u_stride);
       }
     });
-    parallel_for(
-        0, kElements * panels, grain(count * image.in_channels), [&](int64_t first, int64_t last) {
-          for (int64_t task = first; task < last; ++task) {
-            const int64_t element = task / panels, panel = task % panels;
-            winograd_multiply_panel(
-                u + element * u_stride, weights + task * image.in_channels * width,
-                m + element * m_stride + panel * width, count, image.in_channels, product_channels);
-          }
-        });
-    parallel_for(0, count, grain(kElements * product_channels), [&](int64_t first, int64_t last) {
+    parallel_for(0, elements * panels, grain(count * depth), [&](int64_t first, int64_t last) {
+      for (int64_t task = first; task < last; ++task) {
+        const int64_t element = task / panels, panel = task % panels;
+        winograd_multiply_panel(u + element * u_stride, weights + task * depth * width,
+                                m + element * m_stride + panel * width, count, depth,
+                                product_channels);
+      }
+    });
+    parallel_for(0, count, grain(elements * product_channels), [&](int64_t first, int64_t last) {
       for (int64_t t = first; t < last; ++t) {
         const int64_t of_image = (begin + t) / in_tiles * out_size;
         const WinogradEpilogue epilogue{biases, addends ? addends + of_image : nullptr, relu,

@@ -21,10 +21,14 @@ constexpr int kRows = 12;
 constexpr int kRows = 6;
 #endif
 
-// The points p and q and their powers, all exact.
-constexpr float kP = 0.625f, kQ = 1.5f;
-constexpr float kP2 = kP * kP, kQ2 = kQ * kQ;
-constexpr float kP3 = kP2 * kP, kQ3 = kQ2 * kQ;
+// The points beside 0 and infinity are +-p for each p of a tile of n inputs, (n - 2) / 2 of them.
+// Their powers are exact.
+template <int64_t tile_in>
+constexpr std::array<float, (tile_in - 2) / 2> kPoints;
+template <>
+constexpr std::array<float, 2> kPoints<6>{0.625f, 1.5f};
+template <>
+constexpr std::array<float, 3> kPoints<8>{0.5f, 1.f, 2.f};
 
 Vec load(const float* from, int64_t count) {
   return count == kLanes ? Vec::loadu(from) : Vec::loadu(from, count);
@@ -34,35 +38,81 @@ void store(const Vec& value, float* to, int64_t count) {
   count == kLanes ? value.store(to) : value.store(to, static_cast<int>(count));
 }
 
-// B^T d: row i holds the coefficients of the product of (x - point) over all points but the i-th;
-// those of a pair +-p share their even and their odd part.
-inline std::array<Vec, kTileIn> transform_in(const std::array<Vec, kTileIn>& d) {
-  using at::vec::fmadd;
-  const Vec p(kP), q(kQ), minus_p2(-kP2), minus_q2(-kQ2), p2q2(kP2 * kQ2), minus_sum(-kP2 - kQ2);
-  const Vec even_p = fmadd(minus_q2, d[2], d[4]), odd_p = p * fmadd(minus_q2, d[1], d[3]);
-  const Vec even_q = fmadd(minus_p2, d[2], d[4]), odd_q = q * fmadd(minus_p2, d[1], d[3]);
-  return {fmadd(p2q2, d[0], fmadd(minus_sum, d[2], d[4])),
-          even_p + odd_p,
-          even_p - odd_p,
-          even_q + odd_q,
-          even_q - odd_q,
-          fmadd(p2q2, d[1], fmadd(minus_sum, d[3], d[5]))};
+// Numbers c to c + count of a block's row, which is at row y of the image and begins at column x.
+inline Vec load_block(const float* image, const WinogradImage& shape, int64_t y, int64_t x,
+                      int64_t c, int64_t count) {
+  if (y < 0 || y >= shape.in_height) return Vec(0.f);
+  const float* row = image + y * shape.in_width * shape.in_stride;
+  if (x >= 0 && x + shape.stride <= shape.in_width)
+    return load(row + x * shape.in_stride + c, count);
+  if (x + shape.stride <= 0 || x >= shape.in_width) return Vec(0.f);
+  float part[kLanes] = {};  // across a border, where stride > 1
+  for (int64_t k = 0; k < count; ++k) {
+    const int64_t column = x + (c + k) / shape.in_channels;
+    if (column >= 0 && column < shape.in_width) part[k] = row[x * shape.in_stride + c + k];
+  }
+  return Vec::loadu(part);
 }
 
-// A^T m: the powers of the points. `count` is the tile's outputs, a side.
-template <int64_t count>
-inline std::array<Vec, count> transform_out(const std::array<Vec, kTileIn>& m) {
-  using at::vec::fmadd;
-  const Vec sum_p = m[1] + m[2], difference_p = m[1] - m[2];
-  const Vec sum_q = m[3] + m[4], difference_q = m[3] - m[4];
-  const Vec first = m[0] + sum_p + sum_q;
-  if constexpr (count == 2) {
-    return {first, fmadd(Vec(kP), difference_p, fmadd(Vec(kQ), difference_q, m[5]))};
-  } else {
-    return {first, fmadd(Vec(kP), difference_p, Vec(kQ) * difference_q),
-            fmadd(Vec(kP2), sum_p, Vec(kQ2) * sum_q),
-            fmadd(Vec(kP3), difference_p, fmadd(Vec(kQ3), difference_q, m[5]))};
+// (x^2 - p^2) (x^2 - q^2) ... over the points but the one left out: coefficients of 1, x^2, x^4 ...
+template <size_t count>
+constexpr std::array<float, count + 1> even_polynomial(const std::array<float, count>& points,
+                                                       size_t left_out) {
+  std::array<float, count + 1> polynomial{1.f};
+  for (size_t k = 0, degree = 0; k < count; ++k) {
+    if (k == left_out) continue;
+    ++degree;
+    for (size_t i = degree; i > 0; --i)
+      polynomial[i] = polynomial[i - 1] - points[k] * points[k] * polynomial[i];
+    polynomial[0] *= -points[k] * points[k];
   }
+  return polynomial;
+}
+
+// The sum of polynomial[i] * d[first + 2 i], i < terms; the last coefficient is 1.
+template <size_t terms, size_t size, size_t inputs>
+inline Vec every_second(const std::array<float, size>& polynomial, const std::array<Vec, inputs>& d,
+                        size_t first) {
+  Vec sum = d[first + 2 * (terms - 1)];
+  for (size_t i = terms - 1; i-- > 0;)
+    sum = at::vec::fmadd(Vec(polynomial[i]), d[first + 2 * i], sum);
+  return sum;
+}
+
+// B^T d: row i holds the coefficients of the product of (x - point) over all points but the i-th;
+// those of a pair +-p share their even and their odd part.
+template <int64_t tile_in>
+inline std::array<Vec, tile_in> transform_in(const std::array<Vec, tile_in>& d) {
+  constexpr auto& points = kPoints<tile_in>;
+  constexpr size_t pairs = points.size();
+  constexpr auto all = even_polynomial(points, pairs);
+  std::array<Vec, tile_in> transformed;
+  transformed[0] = every_second<pairs + 1>(all, d, 0);
+  for (size_t k = 0; k < pairs; ++k) {
+    const auto others = even_polynomial(points, k);
+    const Vec even = every_second<pairs>(others, d, 2);
+    const Vec odd = Vec(points[k]) * every_second<pairs>(others, d, 1);
+    transformed[2 * k + 1] = even + odd;
+    transformed[2 * k + 2] = even - odd;
+  }
+  transformed[tile_in - 1] = every_second<pairs + 1>(all, d, 1);
+  return transformed;
+}
+
+// A^T m: the powers of the points.
+template <int64_t tile_in>
+inline std::array<Vec, kTileOut> transform_out(const std::array<Vec, tile_in>& m) {
+  constexpr auto& points = kPoints<tile_in>;
+  std::array<Vec, kTileOut> y{m[0], Vec(0.f), Vec(0.f), m[tile_in - 1]};
+  for (size_t k = 0; k < points.size(); ++k) {
+    const Vec sum = m[2 * k + 1] + m[2 * k + 2], difference = m[2 * k + 1] - m[2 * k + 2];
+    const float p = points[k];
+    y[0] = y[0] + sum;
+    y[1] = at::vec::fmadd(Vec(p), difference, y[1]);
+    y[2] = at::vec::fmadd(Vec(p * p), sum, y[2]);
+    y[3] = at::vec::fmadd(Vec(p * p * p), difference, y[3]);
+  }
+  return y;
 }
 
 // `r...` is 0, 1, ..., rows - 1. Indices known from the start, rather than unrolled loops, let the
@@ -94,29 +144,58 @@ void multiply_rest(std::integer_sequence<int, counts...>, int64_t count, const f
    ...);
 }
 
-template <int64_t tile_out>
+template <int64_t tile_in>
+void transform_input(const float* image, const WinogradImage& shape, int64_t tile, float* to,
+                     int64_t stride) {
+  const int64_t top = tile / shape.tile_columns() * kTileOut;
+  const int64_t left = tile % shape.tile_columns() * kTileOut;
+  const int64_t row_of_block = shape.row_of_block();
+  for (int64_t r = 0; r < shape.stride; ++r) {
+    for (int64_t c = 0; c < row_of_block; c += kLanes) {
+      const int64_t count = std::min(kLanes, row_of_block - c);
+      std::array<Vec, tile_in> half[tile_in];  // [row of B^T][column of the tile]
+      for (int64_t j = 0; j < tile_in; ++j) {
+        const int64_t x = (left + j) * shape.stride - shape.padding;
+        std::array<Vec, tile_in> column;
+        for (int64_t i = 0; i < tile_in; ++i) {
+          const int64_t y = (top + i) * shape.stride - shape.padding + r;
+          column[i] = load_block(image, shape, y, x, c, count);
+        }
+        const auto transformed = transform_in<tile_in>(column);
+        for (int64_t i = 0; i < tile_in; ++i) half[i][j] = transformed[i];
+      }
+      float* channels = to + r * row_of_block + c;
+      for (int64_t i = 0; i < tile_in; ++i) {
+        const auto transformed = transform_in<tile_in>(half[i]);
+        for (int64_t j = 0; j < tile_in; ++j)
+          store(transformed[j], channels + (i * tile_in + j) * stride, count);
+      }
+    }
+  }
+}
+
+template <int64_t tile_in>
 void transform_output(const float* m, int64_t stride, const WinogradImage& shape, int64_t tile,
                       const WinogradEpilogue& epilogue, float* out) {
-  const int64_t top = tile / shape.tile_columns() * tile_out;
-  const int64_t left = tile % shape.tile_columns() * tile_out;
-  const int64_t rows = std::min(tile_out, shape.height - top);
-  const int64_t columns = std::min(tile_out, shape.width - left);
+  const int64_t top = tile / shape.tile_columns() * kTileOut;
+  const int64_t left = tile % shape.tile_columns() * kTileOut;
+  const int64_t rows = std::min(kTileOut, shape.height - top);
+  const int64_t columns = std::min(kTileOut, shape.width - left);
   const int64_t channels = shape.out_channels;
   const Vec zero(0.f);
   for (int64_t c = 0; c < channels; c += kLanes) {
     const int64_t count = std::min(kLanes, channels - c);
     const Vec bias = epilogue.bias ? load(epilogue.bias + c, count) : zero;
-    Vec half[tile_out][kTileIn];
-    for (int64_t j = 0; j < kTileIn; ++j) {
-      std::array<Vec, kTileIn> column;
-      for (int64_t i = 0; i < kTileIn; ++i)
-        column[i] = Vec::loadu(m + (i * kTileIn + j) * stride + c);  // panels are whole vectors
-      const auto transformed = transform_out<tile_out>(column);
-      for (int64_t i = 0; i < tile_out; ++i) half[i][j] = transformed[i];
+    std::array<Vec, tile_in> half[kTileOut];
+    for (int64_t j = 0; j < tile_in; ++j) {
+      std::array<Vec, tile_in> column;
+      for (int64_t i = 0; i < tile_in; ++i)
+        column[i] = Vec::loadu(m + (i * tile_in + j) * stride + c);  // panels are whole vectors
+      const auto transformed = transform_out<tile_in>(column);
+      for (int64_t i = 0; i < kTileOut; ++i) half[i][j] = transformed[i];
     }
     for (int64_t i = 0; i < rows; ++i) {
-      const auto row = transform_out<tile_out>(
-          {half[i][0], half[i][1], half[i][2], half[i][3], half[i][4], half[i][5]});
+      const auto row = transform_out<tile_in>(half[i]);
       const int64_t at = ((top + i) * shape.width + left) * channels + c;
       for (int64_t j = 0; j < columns; ++j) {
         Vec value = row[j] + bias;
@@ -132,64 +211,52 @@ void transform_output(const float* m, int64_t stride, const WinogradImage& shape
   }
 }
 
+// G: powers of each point over the product of its differences to the others.
+template <int64_t tile_in>
+void transform_weight(const float* weight, int64_t stride_h, int64_t stride_w, float* to,
+                      int64_t stride) {
+  constexpr int64_t kernel = tile_in + 1 - kTileOut;
+  double points[tile_in - 1] = {};
+  for (size_t k = 0; k < kPoints<tile_in>.size(); ++k) {
+    points[2 * k + 1] = kPoints<tile_in>[k];
+    points[2 * k + 2] = -points[2 * k + 1];
+  }
+  double g[tile_in][kernel] = {};
+  for (int64_t i = 0; i < tile_in - 1; ++i) {
+    double product = 1, power = 1;
+    for (int64_t k = 0; k < tile_in - 1; ++k)
+      if (k != i) product *= points[i] - points[k];
+    for (int64_t k = 0; k < kernel; ++k, power *= points[i]) g[i][k] = power / product;
+  }
+  g[tile_in - 1][kernel - 1] = 1;  // infinity
+  double half[tile_in][kernel] = {};
+  for (int64_t i = 0; i < tile_in; ++i)
+    for (int64_t h = 0; h < kernel; ++h)
+      for (int64_t w = 0; w < kernel; ++w)
+        half[i][w] += g[i][h] * weight[h * stride_h + w * stride_w];
+  for (int64_t i = 0; i < tile_in; ++i) {
+    for (int64_t j = 0; j < tile_in; ++j) {
+      double sum = 0;
+      for (int64_t w = 0; w < kernel; ++w) sum += half[i][w] * g[j][w];
+      to[(i * tile_in + j) * stride] = static_cast<float>(sum);
+    }
+  }
+}
+
 }  // namespace
 
 int64_t winograd_panel_width() { return 2 * kLanes; }
 
 void winograd_transform_weight(const float* weight, int64_t kernel, int64_t stride_h,
                                int64_t stride_w, float* to, int64_t stride) {
-  constexpr int64_t kLargest = 5;
-  constexpr double p2 = kP2, q2 = kQ2;
-  // G: powers of each point over the product of its differences to the others.
-  constexpr double points[kTileIn - 1] = {0, kP, -kP, kQ, -kQ};
-  constexpr double products[kTileIn - 1] = {p2 * q2, 2 * p2 * (p2 - q2), 2 * p2 * (p2 - q2),
-                                            2 * q2 * (q2 - p2), 2 * q2 * (q2 - p2)};
-  double g[kTileIn][kLargest] = {};
-  for (int64_t i = 0; i < kTileIn - 1; ++i) {
-    double power = 1;
-    for (int64_t k = 0; k < kernel; ++k, power *= points[i]) g[i][k] = power / products[i];
-  }
-  g[kTileIn - 1][kernel - 1] = 1;  // infinity
-  double half[kTileIn][kLargest] = {};
-  for (int64_t i = 0; i < kTileIn; ++i)
-    for (int64_t h = 0; h < kernel; ++h)
-      for (int64_t w = 0; w < kernel; ++w)
-        half[i][w] += g[i][h] * weight[h * stride_h + w * stride_w];
-  for (int64_t i = 0; i < kTileIn; ++i) {
-    for (int64_t j = 0; j < kTileIn; ++j) {
-      double sum = 0;
-      for (int64_t w = 0; w < kernel; ++w) sum += half[i][w] * g[j][w];
-      to[(i * kTileIn + j) * stride] = static_cast<float>(sum);
-    }
-  }
+  kernel == 3 ? transform_weight<6>(weight, stride_h, stride_w, to, stride)
+              : transform_weight<8>(weight, stride_h, stride_w, to, stride);
 }
 
 void winograd_transform_input(const float* image, const WinogradImage& shape, int64_t tile,
                               float* to, int64_t stride) {
-  const int64_t top = tile / shape.tile_columns() * shape.tile_out() - shape.kernel / 2;
-  const int64_t left = tile % shape.tile_columns() * shape.tile_out() - shape.kernel / 2;
-  const int64_t channels = shape.in_channels;
-  for (int64_t c = 0; c < channels; c += kLanes) {
-    const int64_t count = std::min(kLanes, channels - c);
-    Vec columns[kTileIn][kTileIn];  // [row of B^T][column of the tile]
-    for (int64_t j = 0; j < kTileIn; ++j) {
-      const int64_t x = left + j;
-      std::array<Vec, kTileIn> d;
-      for (int64_t i = 0; i < kTileIn; ++i) {
-        const int64_t y = top + i;
-        const bool inside = x >= 0 && x < shape.width && y >= 0 && y < shape.height;
-        d[i] = inside ? load(image + (y * shape.width + x) * shape.in_stride + c, count) : Vec(0.f);
-      }
-      const auto transformed = transform_in(d);
-      for (int64_t i = 0; i < kTileIn; ++i) columns[i][j] = transformed[i];
-    }
-    for (int64_t i = 0; i < kTileIn; ++i) {
-      const auto transformed = transform_in({columns[i][0], columns[i][1], columns[i][2],
-                                             columns[i][3], columns[i][4], columns[i][5]});
-      for (int64_t j = 0; j < kTileIn; ++j)
-        store(transformed[j], to + (i * kTileIn + j) * stride + c, count);
-    }
-  }
+  shape.kernel == 3 ? transform_input<6>(image, shape, tile, to, stride)
+                    : transform_input<8>(image, shape, tile, to, stride);
 }
 
 void winograd_multiply_panel(const float* rows, const float* panel, float* product, int64_t count,
@@ -204,8 +271,8 @@ void winograd_multiply_panel(const float* rows, const float* panel, float* produ
 
 void winograd_transform_output(const float* m, int64_t stride, const WinogradImage& shape,
                                int64_t tile, const WinogradEpilogue& epilogue, float* out) {
-  shape.kernel == 3 ? transform_output<4>(m, stride, shape, tile, epilogue, out)
-                    : transform_output<2>(m, stride, shape, tile, epilogue, out);
+  shape.kernel == 3 ? transform_output<6>(m, stride, shape, tile, epilogue, out)
+                    : transform_output<8>(m, stride, shape, tile, epilogue, out);
 }
 
 }  // namespace lpips_fast

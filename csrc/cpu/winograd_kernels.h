@@ -1,17 +1,18 @@
 // Winograd's convolution of channels-last images, float32 (Lavin and Gray, "Fast Algorithms for
-// Convolutional Neural Networks", CVPR 2016), with weights of 3x3, F(4x4, 3x3), or 5x5, F(2x2,
-// 5x5): 36 multiplications a channel for 16 or 4 outputs, where the direct sum takes 144 or 100.
+// Convolutional Neural Networks", CVPR 2016), with weights of 3x3, F(4x4, 3x3), or 5x5, F(4x4,
+// 5x5): 36 or 64 multiplications a channel for 16 outputs, where the direct sum takes 144 or 400.
 //
-//   y = A^T [ (G g G^T) . (B^T d B) ] A      d: 6x6 of the image, g: weights, y: 4x4 or 2x2 results
+//   y = A^T [ (G g G^T) . (B^T d B) ] A      d: n x n of the image, g: weights, y: 4x4 results
 //
-// The sum over input channels between the brackets is a matrix product of its own for each of the
-// 36 elements, (tiles x C_in) (C_in x C_out). The points of the interpolation are 0, +-5/8, +-3/2
-// and infinity instead of the usual 0, +-1, +-2: products are nearer to each other in size, and the
-// rounding error is half as large (about 9e-7 of the result's norm; the direct sum: 2e-7). All
-// constants of the transforms B and A are exact in float32.
+// with n = 6 or 8. The sum over input channels between the brackets is a matrix product of its own
+// for each of the n^2 elements, (tiles x C_in) (C_in x C_out). The points of the interpolation are
+// 0, infinity and +-5/8, +-3/2 (n = 6) or +-1/2, +-1, +-2 (n = 8), found by trying: the usual +-1,
+// +-2 and +-1, +-2, +-3 round twice as much and more. Of the result's norm the rounding error is
+// about 8e-7 for 3x3 and 2.5e-6 for 5x5 weights; that of the direct sum is 3e-7 and 5e-7.
+// All constants of the transforms B and A are exact in float32.
 //
-// Memory: a block of tiles goes through three phases with its 36 (C_in + C_out) floats a tile in
-// the L3 cache; the transformed weights, 36 for each 9 or 25, are read once a block.
+// Memory: a block of tiles goes through three phases with its n^2 (C_in + C_out) floats a tile in
+// the L3 cache; the transformed weights, 36 for each 9 or 64 for each 25, are read once a block.
 //
 // Every element of a product is one chain of fused multiply-adds along C_in. So the result at a
 // position depends on that position's neighbourhood alone, to the bit: not on the batch, the
@@ -22,30 +23,48 @@
 
 namespace lpips_fast {
 
-constexpr int64_t kTileIn = 6;     // inputs of a tile, a side
-constexpr int64_t kElements = 36;  // of a transformed tile
+constexpr int64_t kTileOut = 4;  // results of a tile, a side
+
+// Inputs of a tile, a side.
+constexpr int64_t winograd_tile_in(int64_t kernel) { return kTileOut + kernel - 1; }
+
+// Of a transformed tile.
+constexpr int64_t winograd_elements(int64_t kernel) {
+  return winograd_tile_in(kernel) * winograd_tile_in(kernel);
+}
 
 // A panel is the columns of a product that one pass over its rows computes: two vectors.
 int64_t winograd_panel_width();
 
-// One image (H, W, C), convolved with borders of zeros to the same size.
+// One image (H, W, C), convolved with borders of zeros.
+//
+// A stride of s is one of 1 over blocks of s x s positions, whose channels are the block's
+// (space-to-depth): a block is s rows of s C numbers, each dense in memory. So AlexNet's first
+// layer, 11x11 of stride 4, is a 3x3 convolution of 48 channels, a fifth of whose weights are zero.
 struct WinogradImage {
-  int64_t height, width, in_channels, out_channels;
-  int64_t in_stride;  // from one position's channels to the next one's; results lie densely
-  int64_t kernel;     // 3 or 5
+  int64_t height, width;  // of the results, which lie densely
+  int64_t out_channels;
+  int64_t in_height, in_width, in_channels;
+  int64_t in_stride;  // from one position's channels to the next one's; in_channels if stride > 1
+  int64_t stride;
+  int64_t padding;  // rows and columns of zeros before the first
+  int64_t kernel;   // 3 or 5, of blocks
 
-  int64_t tile_out() const { return kTileIn + 1 - kernel; }
-  int64_t tile_rows() const { return (height + tile_out() - 1) / tile_out(); }
-  int64_t tile_columns() const { return (width + tile_out() - 1) / tile_out(); }
+  int64_t row_of_block() const { return stride * in_channels; }
+  int64_t depth() const { return stride * row_of_block(); }  // channels of a block
+  int64_t elements() const { return winograd_elements(kernel); }
+  int64_t tile_rows() const { return (height + kTileOut - 1) / kTileOut; }
+  int64_t tile_columns() const { return (width + kTileOut - 1) / kTileOut; }
   int64_t tiles() const { return tile_rows() * tile_columns(); }
 };
 
 // G g G^T in float64, rounded once. `weight` is (kernel, kernel) with strides; `to[e * stride]` for
-// e < 36.
+// e < winograd_elements(kernel).
 void winograd_transform_weight(const float* weight, int64_t kernel, int64_t stride_h,
                                int64_t stride_w, float* to, int64_t stride);
 
-// B^T d B of one tile of `image`, for all channels: to[e * stride + c]. Outside the image is zero.
+// B^T d B of one tile of `image`, for all channels of its blocks: to[e * stride + c]. Outside the
+// image is zero.
 void winograd_transform_input(const float* image, const WinogradImage& shape, int64_t tile,
                               float* to, int64_t stride);
 
