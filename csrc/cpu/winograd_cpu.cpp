@@ -14,11 +14,20 @@ using torch::headeronly::ScalarType;
 using torch::stable::parallel_for;
 using torch::stable::Tensor;
 
-// What a block of tiles may take between its phases: as much as an L3 cache holds beside the
-// weights. More tiles share one read of the weights; beyond some hundreds that is gained.
+// How the work is divided. Where there are many tiles, every thread takes blocks of its own through
+// all three phases, in its L2 cache, and threads meet once, at the end: on a machine that does
+// other work too, each meeting waits for the thread that was put to sleep. A block reads all the
+// weights, which pays while these stay in the L3 cache.
+constexpr int64_t kOwnBlockFloats = 80 * 1024;
+constexpr int64_t kMinimumOwnTiles = 12, kMaximumOwnTiles = 48;  // whole rows of products
+constexpr int64_t kOwnBlocksPerThread = 4;
+constexpr int64_t kOwnWeightFloats = 5 * 512 * 1024;
+
+// Else all threads share a block, phase by phase. It may take as much as an L3 cache holds beside
+// the weights. More tiles share one read of the weights; beyond some hundreds that is gained.
 constexpr int64_t kBlockFloats = 5 * 1024 * 1024;
 constexpr int64_t kMinimumTiles = 48, kMaximumTiles = 192;
-constexpr int64_t kElementsPerTask = 16 * 1024;
+constexpr int64_t kFloatsPerTask = 16 * 1024;
 
 int64_t padded(int64_t channels) {
   const int64_t width = winograd_panel_width();
@@ -93,6 +102,103 @@ std::optional<Tensor> like_the_result(const std::optional<Tensor>& t, const Tens
   return torch::stable::contiguous(*t, MemoryFormat::ChannelsLast);
 }
 
+// Some tiles, from `begin` on, and what becomes of them between the phases.
+struct Block {
+  int64_t begin, count;
+  float* inputs;    // (elements, count, depth)
+  float* products;  // (elements, count, columns)
+};
+
+// The three phases of a batch of images, of which any part can be done on its own.
+struct Convolution {
+  WinogradImage image;
+  int64_t columns;  // of a product: channels, in whole panels
+  const float* images;
+  const float* weights;
+  WinogradEpilogue epilogue;
+  float* results;
+
+  int64_t floats_per_tile() const { return image.elements() * (image.depth() + columns); }
+  int64_t own_block() const {
+    constexpr int64_t step = kMinimumOwnTiles;
+    return std::clamp(kOwnBlockFloats / floats_per_tile(), step, kMaximumOwnTiles) / step * step;
+  }
+  int64_t panels() const { return columns / winograd_panel_width(); }
+  int64_t products() const { return image.elements() * panels(); }
+
+  Block block(int64_t begin, int64_t count, float* scratch) const {
+    return {begin, count, scratch, scratch + image.elements() * count * image.depth()};
+  }
+
+  void transform_inputs(const Block& block, int64_t first, int64_t last) const {
+    const int64_t in_size = image.in_height * image.in_width * image.in_stride;
+    for (int64_t t = first; t < last; ++t) {
+      const int64_t n = (block.begin + t) / image.tiles(), tile = (block.begin + t) % image.tiles();
+      winograd_transform_input(images + n * in_size, image, tile, block.inputs + t * image.depth(),
+                               block.count * image.depth());
+    }
+  }
+
+  void multiply(const Block& block, int64_t first, int64_t last) const {
+    const int64_t depth = image.depth(), width = winograd_panel_width();
+    for (int64_t k = first; k < last; ++k) {
+      const int64_t element = k / panels(), panel = k % panels();
+      winograd_multiply_panel(block.inputs + element * block.count * depth,
+                              weights + k * depth * width,
+                              block.products + element * block.count * columns + panel * width,
+                              block.count, depth, columns);
+    }
+  }
+
+  void transform_outputs(const Block& block, int64_t first, int64_t last) const {
+    const int64_t out_size = image.height * image.width * image.out_channels;
+    for (int64_t t = first; t < last; ++t) {
+      const int64_t n = (block.begin + t) / image.tiles(), tile = (block.begin + t) % image.tiles();
+      WinogradEpilogue of_image = epilogue;
+      if (epilogue.add) of_image.add += n * out_size;
+      if (epilogue.mask) of_image.mask += n * out_size;
+      winograd_transform_output(block.products + t * columns, block.count * columns, image, tile,
+                                of_image, results + n * out_size);
+    }
+  }
+};
+
+// Every thread its own blocks of `size` tiles.
+void convolve_apart(const Convolution& convolution, int64_t tiles, int64_t size,
+                    const Tensor& like) {
+  parallel_for(0, (tiles + size - 1) / size, 1, [&](int64_t first, int64_t last) {
+    const Tensor scratch = empty({size * convolution.floats_per_tile()}, like);
+    for (int64_t k = first; k < last; ++k) {
+      const Block block = convolution.block(k * size, std::min(size, tiles - k * size),
+                                            static_cast<float*>(scratch.mutable_data_ptr()));
+      convolution.transform_inputs(block, 0, block.count);
+      convolution.multiply(block, 0, convolution.products());
+      convolution.transform_outputs(block, 0, block.count);
+    }
+  });
+}
+
+// All threads one block after the other, the last of them perhaps smaller.
+void convolve_together(const Convolution& convolution, int64_t tiles, const Tensor& like) {
+  const int64_t per_tile = convolution.floats_per_tile();
+  const int64_t limit = std::clamp(kBlockFloats / per_tile, kMinimumTiles, kMaximumTiles);
+  const int64_t blocks = (tiles + limit - 1) / limit, size = (tiles + blocks - 1) / blocks;
+  const Tensor scratch = empty({size * per_tile}, like);
+  const auto grain = [](int64_t floats) { return std::max<int64_t>(1, kFloatsPerTask / floats); };
+  for (int64_t begin = 0; begin < tiles; begin += size) {
+    const Block block = convolution.block(begin, std::min(size, tiles - begin),
+                                          static_cast<float*>(scratch.mutable_data_ptr()));
+    parallel_for(0, block.count, grain(per_tile), [&](int64_t first, int64_t last) {
+      convolution.transform_inputs(block, first, last);
+    });
+    parallel_for(0, convolution.products(), grain(block.count * convolution.image.depth()),
+                 [&](int64_t first, int64_t last) { convolution.multiply(block, first, last); });
+    parallel_for(0, block.count, grain(per_tile), [&](int64_t first, int64_t last) {
+      convolution.transform_outputs(block, first, last);
+    });
+  }
+}
+
 Tensor winograd_conv2d(Tensor x, Tensor packed, std::optional<Tensor> bias, bool relu,
                        std::optional<Tensor> mask, int64_t out_channels, int64_t kernel,
                        int64_t stride, int64_t padding, std::optional<Tensor> add) {
@@ -129,51 +235,18 @@ Tensor winograd_conv2d(Tensor x, Tensor packed, std::optional<Tensor> bias, bool
                             padding,   blocks_of_kernel};
   const int64_t in_tiles = image.tiles(), all_tiles = x.size(0) * in_tiles;
   if (all_tiles == 0) return y;
-  const int64_t depth = image.depth(), elements = image.elements();
-  const int64_t per_tile = elements * (depth + product_channels);
-  // Blocks of one size, the last perhaps smaller.
-  const int64_t limit = std::clamp(kBlockFloats / per_tile, kMinimumTiles, kMaximumTiles);
-  const int64_t blocks = (all_tiles + limit - 1) / limit;
-  const int64_t block = (all_tiles + blocks - 1) / blocks;
-  const Tensor inputs = empty({elements, block, depth}, x);
-  const Tensor products = empty({elements, block, product_channels}, x);
-
-  const auto* images = static_cast<const float*>(x.const_data_ptr());
-  const auto* weights = static_cast<const float*>(packed.const_data_ptr());
-  auto* u = static_cast<float*>(inputs.mutable_data_ptr());
-  auto* m = static_cast<float*>(products.mutable_data_ptr());
-  auto* results = static_cast<float*>(y.mutable_data_ptr());
-  const int64_t in_size = image.in_height * image.in_width * image.in_stride;
-  const int64_t out_size = image.height * image.width * out_channels;
-  const float *biases = pointer_to(bias), *addends = pointer_to(add), *masks = pointer_to(mask);
-  const auto grain = [](int64_t floats) { return std::max<int64_t>(1, kElementsPerTask / floats); };
-
-  for (int64_t begin = 0; begin < all_tiles; begin += block) {
-    const int64_t count = std::min(block, all_tiles - begin);
-    const int64_t u_stride = count * depth, m_stride = count * product_channels;
-    parallel_for(0, count, grain(elements * depth), [&](int64_t first, int64_t last) {
-      for (int64_t t = first; t < last; ++t) {
-        winograd_transform_input(images + (begin + t) / in_tiles * in_size, image,
-                                 (begin + t) % in_tiles, u + t * depth, u_stride);
-      }
-    });
-    parallel_for(0, elements * panels, grain(count * depth), [&](int64_t first, int64_t last) {
-      for (int64_t task = first; task < last; ++task) {
-        const int64_t element = task / panels, panel = task % panels;
-        winograd_multiply_panel(u + element * u_stride, weights + task * depth * width,
-                                m + element * m_stride + panel * width, count, depth,
-                                product_channels);
-      }
-    });
-    parallel_for(0, count, grain(elements * product_channels), [&](int64_t first, int64_t last) {
-      for (int64_t t = first; t < last; ++t) {
-        const int64_t of_image = (begin + t) / in_tiles * out_size;
-        const WinogradEpilogue epilogue{biases, addends ? addends + of_image : nullptr, relu,
-                                        masks ? masks + of_image : nullptr};
-        winograd_transform_output(m + t * product_channels, m_stride, image, (begin + t) % in_tiles,
-                                  epilogue, results + of_image);
-      }
-    });
+  const Convolution convolution{image,
+                                padded(out_channels),
+                                static_cast<const float*>(x.const_data_ptr()),
+                                static_cast<const float*>(packed.const_data_ptr()),
+                                {pointer_to(bias), pointer_to(add), relu, pointer_to(mask)},
+                                static_cast<float*>(y.mutable_data_ptr())};
+  const bool fits = packed.numel() <= kOwnWeightFloats;
+  const int64_t own = convolution.own_block();
+  if (fits && all_tiles >= own * kOwnBlocksPerThread * torch::stable::get_num_threads()) {
+    convolve_apart(convolution, all_tiles, own, x);
+  } else {
+    convolve_together(convolution, all_tiles, x);
   }
   return y;
 }

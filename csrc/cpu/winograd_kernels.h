@@ -11,8 +11,9 @@
 // about 8e-7 for 3x3 and 2.5e-6 for 5x5 weights; that of the direct sum is 3e-7 and 5e-7.
 // All constants of the transforms B and A are exact in float32.
 //
-// Memory: a block of tiles goes through three phases with its n^2 (C_in + C_out) floats a tile in
-// the L3 cache; the transformed weights, 36 for each 9 or 64 for each 25, are read once a block.
+// Memory: a block of tiles goes through three phases (B^T d B, products, A^T m A) with its n^2
+// (C_in + C_out) floats a tile in a cache; the transformed weights, 36 for each 9 or 64 for each
+// 25, are read once a block. winograd_cpu.cpp divides the work.
 //
 // Every element of a product is one chain of fused multiply-adds along C_in. So the result at a
 // position depends on that position's neighbourhood alone, to the bit: not on the batch, the
