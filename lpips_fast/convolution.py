@@ -30,7 +30,7 @@ from . import ops
 
 # Compared with oneDNN on the trunks' layers: below, transforming costs more than it saves.
 _WINOGRAD_CHANNELS = 32
-_WINOGRAD_POSITIONS = 8 * 8
+_WINOGRAD_POSITIONS = 7 * 7
 _WINOGRAD = ops.has_wide_vectors() and os.environ.get("LPIPS_FAST_WINOGRAD", "1") != "0"
 
 

@@ -215,7 +215,7 @@ class TestChoice:
 
         conv = nn.Conv2d(64, 64, 3, padding=1).requires_grad_(False)
         assert takes(conv)
-        assert not takes(conv, grid=(8, 7))
+        assert not takes(conv, grid=(8, 6))
         assert not takes(conv, channels=16)
         assert not takes(conv, dtype=torch.bfloat16)
         assert not takes(nn.Conv2d(64, 64, 3, padding=1)), "learns"
