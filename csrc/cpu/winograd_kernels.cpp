@@ -1,17 +1,13 @@
 #include "winograd_kernels.h"
 
-#include <ATen/cpu/vec/vec.h>
-
 #include <algorithm>
 #include <array>
 #include <utility>
 
+#include "float_vectors.h"
+
 namespace lpips_fast {
 namespace {
-
-using Vec = at::vec::Vectorized<float>;
-
-constexpr int64_t kLanes = Vec::size();
 
 // Rows of a product at a time: as many accumulators as leave registers for a panel's two vectors
 // and a factor. AVX512 has 32 registers, AVX2 16.
@@ -30,26 +26,17 @@ constexpr std::array<float, 2> kPoints<6>{0.625f, 1.5f};
 template <>
 constexpr std::array<float, 3> kPoints<8>{0.5f, 1.f, 2.f};
 
-Vec load(const float* from, int64_t count) {
-  return count == kLanes ? Vec::loadu(from) : Vec::loadu(from, count);
-}
-
-void store(const Vec& value, float* to, int64_t count) {
-  count == kLanes ? value.store(to) : value.store(to, static_cast<int>(count));
-}
-
-// Numbers c to c + count of a block's row, which is at row y of the image and begins at column x.
-inline Vec load_block(const float* image, const WinogradImage& shape, int64_t y, int64_t x,
-                      int64_t c, int64_t count) {
+// Numbers c to c + count of a block's row, which is at row y of image n and begins at column x.
+inline Vec load_block(const Positions<const float>& images, int64_t n, const WinogradImage& shape,
+                      int64_t y, int64_t x, int64_t c, int64_t count) {
   if (y < 0 || y >= shape.in_height) return Vec(0.f);
-  const float* row = image + y * shape.in_width * shape.in_stride;
-  if (x >= 0 && x + shape.stride <= shape.in_width)
-    return load(row + x * shape.in_stride + c, count);
+  if (x >= 0 && x + shape.stride <= shape.in_width) return load(images.at(n, y, x) + c, count);
   if (x + shape.stride <= 0 || x >= shape.in_width) return Vec(0.f);
   float part[kLanes] = {};  // across a border, where stride > 1
   for (int64_t k = 0; k < count; ++k) {
     const int64_t column = x + (c + k) / shape.in_channels;
-    if (column >= 0 && column < shape.in_width) part[k] = row[x * shape.in_stride + c + k];
+    if (column >= 0 && column < shape.in_width)
+      part[k] = images.at(n, y, column)[(c + k) % shape.in_channels];
   }
   return Vec::loadu(part);
 }
@@ -145,8 +132,8 @@ void multiply_rest(std::integer_sequence<int, counts...>, int64_t count, const f
 }
 
 template <int64_t tile_in>
-void transform_input(const float* image, const WinogradImage& shape, int64_t tile, float* to,
-                     int64_t stride) {
+void transform_input(const Positions<const float>& images, int64_t n, const WinogradImage& shape,
+                     int64_t tile, float* to, int64_t stride) {
   const int64_t top = tile / shape.tile_columns() * kTileOut;
   const int64_t left = tile % shape.tile_columns() * kTileOut;
   const int64_t row_of_block = shape.row_of_block();
@@ -159,7 +146,7 @@ void transform_input(const float* image, const WinogradImage& shape, int64_t til
         std::array<Vec, tile_in> column;
         for (int64_t i = 0; i < tile_in; ++i) {
           const int64_t y = (top + i) * shape.stride - shape.padding + r;
-          column[i] = load_block(image, shape, y, x, c, count);
+          column[i] = load_block(images, n, shape, y, x, c, count);
         }
         const auto transformed = transform_in<tile_in>(column);
         for (int64_t i = 0; i < tile_in; ++i) half[i][j] = transformed[i];
@@ -176,16 +163,15 @@ void transform_input(const float* image, const WinogradImage& shape, int64_t til
 
 template <int64_t tile_in>
 void transform_output(const float* m, int64_t stride, const WinogradImage& shape, int64_t tile,
-                      const WinogradEpilogue& epilogue, float* out) {
+                      const ConvolutionEpilogue& epilogue, const Positions<float>& results,
+                      int64_t n) {
   const int64_t top = tile / shape.tile_columns() * kTileOut;
   const int64_t left = tile % shape.tile_columns() * kTileOut;
   const int64_t rows = std::min(kTileOut, shape.height - top);
   const int64_t columns = std::min(kTileOut, shape.width - left);
-  const int64_t channels = shape.out_channels;
-  const Vec zero(0.f);
-  for (int64_t c = 0; c < channels; c += kLanes) {
-    const int64_t count = std::min(kLanes, channels - c);
-    const Vec bias = epilogue.bias ? load(epilogue.bias + c, count) : zero;
+  for (int64_t c = 0; c < shape.out_channels; c += kLanes) {
+    const int64_t count = std::min(kLanes, shape.out_channels - c);
+    const Vec bias = epilogue.bias ? load(epilogue.bias + c, count) : Vec(0.f);
     std::array<Vec, tile_in> half[kTileOut];
     for (int64_t j = 0; j < tile_in; ++j) {
       std::array<Vec, tile_in> column;
@@ -196,17 +182,8 @@ void transform_output(const float* m, int64_t stride, const WinogradImage& shape
     }
     for (int64_t i = 0; i < rows; ++i) {
       const auto row = transform_out<tile_in>(half[i]);
-      const int64_t at = ((top + i) * shape.width + left) * channels + c;
-      for (int64_t j = 0; j < columns; ++j) {
-        Vec value = row[j] + bias;
-        if (epilogue.add) value = value + load(epilogue.add + at + j * channels, count);
-        if (epilogue.relu) value = at::vec::maximum(value, zero);
-        if (epilogue.mask) {
-          const Vec mask = load(epilogue.mask + at + j * channels, count);
-          value = Vec::blendv(value, zero, mask <= zero);
-        }
-        store(value, out + at + j * channels, count);
-      }
+      for (int64_t j = 0; j < columns; ++j)
+        finish(row[j], bias, epilogue, results, n, top + i, left + j, c, count);
     }
   }
 }
@@ -253,10 +230,10 @@ void winograd_transform_weight(const float* weight, int64_t kernel, int64_t stri
               : transform_weight<8>(weight, stride_h, stride_w, to, stride);
 }
 
-void winograd_transform_input(const float* image, const WinogradImage& shape, int64_t tile,
-                              float* to, int64_t stride) {
-  shape.kernel == 3 ? transform_input<6>(image, shape, tile, to, stride)
-                    : transform_input<8>(image, shape, tile, to, stride);
+void winograd_transform_input(const Positions<const float>& images, int64_t n,
+                              const WinogradImage& shape, int64_t tile, float* to, int64_t stride) {
+  shape.kernel == 3 ? transform_input<6>(images, n, shape, tile, to, stride)
+                    : transform_input<8>(images, n, shape, tile, to, stride);
 }
 
 void winograd_multiply_panel(const float* rows, const float* panel, float* product, int64_t count,
@@ -270,9 +247,10 @@ void winograd_multiply_panel(const float* rows, const float* panel, float* produ
 }
 
 void winograd_transform_output(const float* m, int64_t stride, const WinogradImage& shape,
-                               int64_t tile, const WinogradEpilogue& epilogue, float* out) {
-  shape.kernel == 3 ? transform_output<6>(m, stride, shape, tile, epilogue, out)
-                    : transform_output<8>(m, stride, shape, tile, epilogue, out);
+                               int64_t tile, const ConvolutionEpilogue& epilogue,
+                               const Positions<float>& results, int64_t n) {
+  shape.kernel == 3 ? transform_output<6>(m, stride, shape, tile, epilogue, results, n)
+                    : transform_output<8>(m, stride, shape, tile, epilogue, results, n);
 }
 
 }  // namespace lpips_fast

@@ -22,6 +22,8 @@
 
 #include <cstdint>
 
+#include "convolution_epilogue.h"
+
 namespace lpips_fast {
 
 constexpr int64_t kTileOut = 4;  // results of a tile, a side
@@ -37,16 +39,15 @@ constexpr int64_t winograd_elements(int64_t kernel) {
 // A panel is the columns of a product that one pass over its rows computes: two vectors.
 int64_t winograd_panel_width();
 
-// One image (H, W, C), convolved with borders of zeros.
+// The convolution of an image (H, W, C) with borders of zeros.
 //
 // A stride of s is one of 1 over blocks of s x s positions, whose channels are the block's
-// (space-to-depth): a block is s rows of s C numbers, each dense in memory. So AlexNet's first
-// layer, 11x11 of stride 4, is a 3x3 convolution of 48 channels, a fifth of whose weights are zero.
+// (space-to-depth): a block is s rows of s C numbers, each of which must be dense in memory. So
+// AlexNet's first layer, 11x11 of stride 4, is a 3x3 convolution of 48 channels, a fifth of whose
+// weights are zero.
 struct WinogradImage {
-  int64_t height, width;  // of the results, which lie densely
-  int64_t out_channels;
+  int64_t height, width, out_channels;  // of the results
   int64_t in_height, in_width, in_channels;
-  int64_t in_stride;  // from one position's channels to the next one's; in_channels if stride > 1
   int64_t stride;
   int64_t padding;  // rows and columns of zeros before the first
   int64_t kernel;   // 3 or 5, of blocks
@@ -64,27 +65,18 @@ struct WinogradImage {
 void winograd_transform_weight(const float* weight, int64_t kernel, int64_t stride_h,
                                int64_t stride_w, float* to, int64_t stride);
 
-// B^T d B of one tile of `image`, for all channels of its blocks: to[e * stride + c]. Outside the
+// B^T d B of one tile of image n, for all channels of its blocks: to[e * stride + c]. Outside the
 // image is zero.
-void winograd_transform_input(const float* image, const WinogradImage& shape, int64_t tile,
-                              float* to, int64_t stride);
+void winograd_transform_input(const Positions<const float>& images, int64_t n,
+                              const WinogradImage& shape, int64_t tile, float* to, int64_t stride);
 
 // product[r * product_stride + j] = sum_k rows[r * depth + k] * panel[k * width + j], j < width.
 void winograd_multiply_panel(const float* rows, const float* panel, float* product, int64_t count,
                              int64_t depth, int64_t product_stride);
 
-// What becomes of a result before it is written: plus `bias` (C_out,) and `add`, then max(., 0),
-// which keeps NaN, and 0 wherever `mask` is 0 or below. Images `add` and `mask` lie as the result
-// does. Each is left out where null or false.
-struct WinogradEpilogue {
-  const float* bias;
-  const float* add;
-  bool relu;
-  const float* mask;
-};
-
-// A^T m A of one tile: m[e * stride + c] into `out`, an image (H, W, C_out).
+// A^T m A of one tile: m[e * stride + c] into the results of image n.
 void winograd_transform_output(const float* m, int64_t stride, const WinogradImage& shape,
-                               int64_t tile, const WinogradEpilogue& epilogue, float* out);
+                               int64_t tile, const ConvolutionEpilogue& epilogue,
+                               const Positions<float>& results, int64_t n);
 
 }  // namespace lpips_fast

@@ -1,0 +1,48 @@
+// Torch's tensors as the convolutions' positions: float32, channels one beside the other.
+#pragma once
+
+#include <initializer_list>
+#include <optional>
+
+#include "../stable_abi.h"
+#include "convolution_epilogue.h"
+
+namespace lpips_fast {
+
+// Uninitialised float32 memory of 64-byte alignment, on the CPU.
+inline torch::stable::Tensor empty_floats(std::initializer_list<int64_t> shape) {
+  return torch::stable::empty(shape, torch::headeronly::ScalarType::Float);
+}
+
+inline torch::stable::Tensor empty_images(int64_t batch, int64_t channels, int64_t height,
+                                          int64_t width) {
+  return torch::stable::empty({batch, channels, height, width},
+                              torch::headeronly::ScalarType::Float, std::nullopt, std::nullopt,
+                              std::nullopt, torch::headeronly::MemoryFormat::ChannelsLast);
+}
+
+// `x` itself where its channels lie one beside the other, else a channels-last copy.
+inline torch::stable::Tensor with_dense_channels(const torch::stable::Tensor& x) {
+  if (x.size(1) == 1 || x.stride(1) == 1) return x;
+  return torch::stable::contiguous(x, torch::headeronly::MemoryFormat::ChannelsLast);
+}
+
+// The stride of a dimension of size 1 is arbitrary, and of no use but for a block of columns.
+inline int64_t column_stride(const torch::stable::Tensor& x) {
+  return x.size(3) > 1 ? x.stride(3) : x.size(1);
+}
+
+inline Positions<const float> positions_of(const torch::stable::Tensor& x) {
+  return {static_cast<const float*>(x.const_data_ptr()), x.stride(0), x.stride(2),
+          column_stride(x)};
+}
+
+inline Positions<float> positions_to(const torch::stable::Tensor& x) {
+  return {static_cast<float*>(x.mutable_data_ptr()), x.stride(0), x.stride(2), column_stride(x)};
+}
+
+inline const float* pointer_to(const std::optional<torch::stable::Tensor>& t) {
+  return t ? static_cast<const float*>(t->const_data_ptr()) : nullptr;
+}
+
+}  // namespace lpips_fast
