@@ -22,6 +22,15 @@ STABLE_TORCH_LIBRARY(lpips_fast, m) {
       "scale_images(Tensor[] images, Tensor shift, Tensor scale, bool unit_range, ScalarType "
       "dtype) "
       "-> Tensor");
+  m.def("depth_to_space(Tensor blocks, int stride, int padding, int height, int width) -> Tensor");
+  m.def("direct_pack(Tensor weight) -> Tensor");
+  m.def(
+      "fire(Tensor x, Tensor squeeze, Tensor squeeze_bias, Tensor expand1x1, "
+      "Tensor expand1x1_bias, Tensor expand3x3, Tensor expand3x3_bias, bool winograd) "
+      "-> (Tensor, Tensor)");
+  m.def(
+      "fire_backward(Tensor grad, Tensor x, Tensor squeezed, Tensor squeeze, Tensor expand1x1, "
+      "Tensor expand3x3, bool through_relu, bool winograd) -> Tensor");
   m.def("winograd_pack(Tensor weight) -> Tensor");
   m.def(
       "winograd_conv2d(Tensor x, Tensor packed, Tensor? bias, bool relu, Tensor? mask, "

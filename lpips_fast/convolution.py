@@ -54,7 +54,7 @@ def conv_relu(conv: nn.Conv2d, x: Tensor, keep_nan: bool = False) -> Tensor:
 
 def is_frozen_on_cpu(conv: nn.Conv2d, x: Tensor) -> bool:
     """Whether :func:`convolve` and :func:`input_gradient` take the images ``x``."""
-    return _is_frozen(conv) and _cpu_dtype(conv, x) == x.dtype
+    return is_frozen(conv) and _cpu_dtype(conv, x) == x.dtype
 
 
 def _cpu_dtype(conv: nn.Conv2d, x: Tensor) -> torch.dtype | None:
@@ -84,14 +84,15 @@ _PACKED: weakref.WeakKeyDictionary[nn.Conv2d, dict[str, tuple[Any, Tensor]]] = (
 )
 
 
-def _is_frozen(conv: nn.Conv2d) -> bool:
+def is_frozen(conv: nn.Conv2d) -> bool:
     """Whether packing pays: not for a weight that changes all the time or cannot tell when."""
     return not conv.weight.requires_grad and not conv.weight.is_inference()
 
 
-def _packed(
+def packed_weight(
     conv: nn.Conv2d, purpose: str, dtype: torch.dtype, pack: Callable[[], Tensor]
 ) -> Tensor:
+    """What ``pack`` makes of the convolution's weight, made once for a purpose and a dtype."""
     origin = (conv.weight._version, conv.weight.data_ptr(), dtype)
     packed_for = _PACKED.setdefault(conv, {})
     found = packed_for.get(purpose)
@@ -111,7 +112,7 @@ def _geometry(conv: nn.Conv2d) -> tuple[int, int, int]:
     return int(conv.kernel_size[0]), int(conv.stride[0]), int(conv.padding[0])
 
 
-def _uses_winograd(conv: nn.Conv2d, channels: int, grid: torch.Size, dtype: torch.dtype) -> bool:
+def uses_winograd(conv: nn.Conv2d, channels: int, grid: torch.Size, dtype: torch.dtype) -> bool:
     """Whether Winograd's algorithm convolves, forward or for the gradient.
 
     It does not depend on the batch, so that an image has the same bits in any.
@@ -127,7 +128,7 @@ def _uses_winograd(conv: nn.Conv2d, channels: int, grid: torch.Size, dtype: torc
         and -(-kernel // stride) in (3, 5)
         and channels >= _WINOGRAD_CHANNELS
         and grid[0] * grid[1] >= _WINOGRAD_POSITIONS
-        and _is_frozen(conv)
+        and is_frozen(conv)
     )
 
 
@@ -140,13 +141,13 @@ def convolve(conv: nn.Conv2d, x: Tensor, keep_nan: bool = False) -> Tensor:
             weight, bias = weight.to(x.dtype), bias.to(x.dtype)
         kernel, stride, padding = _geometry(conv)
         grid = torch.Size((size + 2 * padding - kernel) // stride + 1 for size in x.shape[2:])
-        if _uses_winograd(conv, conv.in_channels * stride**2, grid, x.dtype):
-            packed = _packed(conv, "winograd", x.dtype, lambda: _pack_blocks(weight, stride))
+        if uses_winograd(conv, conv.in_channels * stride**2, grid, x.dtype):
+            packed = packed_weight(conv, "winograd", x.dtype, lambda: _pack_blocks(weight, stride))
             return torch.ops.lpips_fast.winograd_conv2d(
                 x, packed, bias, True, None, conv.out_channels, kernel, stride, padding
             )
-        if _is_frozen(conv):
-            weight = _packed(
+        if is_frozen(conv):
+            weight = packed_weight(
                 conv, "forward", x.dtype, lambda: _pack(weight, conv.padding, conv.stride, x.shape)
             )
         y = torch.ops.mkldnn._convolution_pointwise(
@@ -198,7 +199,7 @@ class _ConvReLU(torch.autograd.Function):
         grad = torch.ops.aten.threshold_backward(grad, y, 0)
         needs = list(ctx.needs_input_grad[:3])
         # A second derivative needs torch's own operator, which has one.
-        if needs == [True, False, False] and _is_frozen(conv) and not torch.is_grad_enabled():
+        if needs == [True, False, False] and is_frozen(conv) and not torch.is_grad_enabled():
             return input_gradient(conv, grad, x), None, None, None, None
         grads = torch.ops.aten.convolution_backward(
             grad,
@@ -230,8 +231,8 @@ def input_gradient(
     taps = -(-kernel // stride)
     border = taps - 1 - (padding if stride == 1 else 0)
     channels = conv.in_channels * stride**2
-    if _uses_winograd(conv, conv.out_channels, grad.shape[2:], x.dtype):
-        packed = _packed(
+    if uses_winograd(conv, conv.out_channels, grad.shape[2:], x.dtype):
+        packed = packed_weight(
             conv,
             "winograd gradient",
             x.dtype,
@@ -246,7 +247,7 @@ def input_gradient(
             return result
     else:
         grad = grad.contiguous(memory_format=torch.channels_last)
-        packed = _packed(
+        packed = packed_weight(
             conv,
             "input gradient",
             grad.dtype,
@@ -263,7 +264,7 @@ def input_gradient(
             grad, packed, None, [border, border], [1, 1], [1, 1], 1, "none", [], ""
         )
     if stride > 1:
-        result = _from_blocks(result, stride, padding, x.shape)
+        result = torch.ops.lpips_fast.depth_to_space(result, stride, padding, *x.shape[2:])
     if add is not None:
         result.add_(add)
     if through_relu:
@@ -276,19 +277,8 @@ def _gradient_weight(weight: Tensor, stride: int) -> Tensor:
 
     A position s * q + r of the image meets every s-th weight only, those of phase r. So its
     gradient is one of s * s convolutions of ceil(k / s) weights a side; they run as one, with
-    s * s times the channels, and rearranging channels as positions (sub-pixel convolution, Shi et
-    al. 2016) gives the image's gradient. With stride 1 it is the flipped convolution of the
+    s * s times the channels, and ``depth_to_space`` (sub-pixel convolution, Shi et al. 2016) gives
+    the image's gradient. With stride 1 it is the flipped convolution of the
     textbooks. Torch's own takes four times as long for AlexNet's first layer (k = 11, s = 4).
     """
-    return _in_blocks(weight, stride).flip(2, 4).permute(1, 3, 5, 0, 2, 4).flatten(0, 2)
-
-
-def _from_blocks(result: Tensor, stride: int, padding: int, images: torch.Size) -> Tensor:
-    """Channels (C, s, s) of blocks as positions of the images."""
-    result = F.pixel_shuffle(result, stride)
-    height, width = images[2:]
-    below = max(0, padding + height - result.shape[2])  # rows and columns that no window reaches
-    beside = max(0, padding + width - result.shape[3])
-    if below or beside:
-        result = F.pad(result, (0, beside, 0, below))
-    return result[:, :, padding : padding + height, padding : padding + width]
+    return _in_blocks(weight, stride).flip(2, 4).permute(3, 5, 1, 0, 2, 4).flatten(0, 2)

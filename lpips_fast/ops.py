@@ -276,6 +276,48 @@ torch.library.register_autograd(
 # ------------------------------------------------------------------------------ convolution
 
 
+def _empty_channels_last(like: Tensor, *shape: int) -> Tensor:
+    return torch.empty(
+        shape, dtype=like.dtype, device=like.device, memory_format=torch.channels_last
+    )
+
+
+@torch.library.register_fake("lpips_fast::depth_to_space")
+def _(blocks: Tensor, stride: int, padding: int, height: int, width: int) -> Tensor:
+    channels = blocks.shape[1] // stride**2
+    return _empty_channels_last(blocks, blocks.shape[0], channels, height, width)
+
+
+@torch.library.register_fake("lpips_fast::fire")
+def _(
+    x: Tensor,
+    squeeze: Tensor,
+    squeeze_bias: Tensor,
+    expand1x1: Tensor,
+    expand1x1_bias: Tensor,
+    expand3x3: Tensor,
+    expand3x3_bias: Tensor,
+    winograd: bool,
+) -> tuple[Tensor, Tensor]:
+    batch, _, height, width = x.shape
+    squeezed = _empty_channels_last(x, batch, len(squeeze_bias), height + 2, width + 2)
+    return squeezed, _empty_channels_last(x, batch, 2 * len(expand1x1_bias), height, width)
+
+
+@torch.library.register_fake("lpips_fast::fire_backward")
+def _(
+    grad: Tensor,
+    x: Tensor,
+    squeezed: Tensor,
+    squeeze: Tensor,
+    expand1x1: Tensor,
+    expand3x3: Tensor,
+    through_relu: bool,
+    winograd: bool,
+) -> Tensor:
+    return _empty_channels_last(x, *x.shape)
+
+
 @torch.library.register_fake("lpips_fast::winograd_conv2d")
 def _(
     x: Tensor,
@@ -290,8 +332,7 @@ def _(
     add: Tensor | None = None,
 ) -> Tensor:
     sizes = ((size + 2 * padding - kernel) // stride + 1 for size in x.shape[2:])
-    shape = (x.shape[0], out_channels, *sizes)
-    return torch.empty(shape, dtype=x.dtype, device=x.device, memory_format=torch.channels_last)
+    return _empty_channels_last(x, x.shape[0], out_channels, *sizes)
 
 
 # ---------------------------------------------------------------------------- image scaling

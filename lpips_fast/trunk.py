@@ -21,6 +21,7 @@ from torch import Tensor, nn
 
 from . import ops
 from .convolution import conv_relu, convolve, input_gradient, is_frozen_on_cpu
+from .fire import FireModule
 
 IMAGE_CHANNELS = 3
 
@@ -116,35 +117,6 @@ def trunk_spec(net: str) -> TrunkSpec:
     if net not in TRUNKS:
         raise ValueError(f"unknown trunk {net!r}; expected one of {', '.join(TRUNKS)}")
     return TRUNKS[net]
-
-
-class FireModule(nn.Module):
-    """:class:`Fire` with torchvision's parameter names."""
-
-    def __init__(self, in_channels: int, squeeze: int, expand: int) -> None:
-        super().__init__()
-        self.squeeze = nn.Conv2d(in_channels, squeeze, 1)
-        self.expand1x1 = nn.Conv2d(squeeze, expand, 1)
-        self.expand3x3 = nn.Conv2d(squeeze, expand, 3, padding=1)
-
-    def forward(self, x: Tensor) -> Tensor:
-        x = conv_relu(self.squeeze, x)
-        return torch.cat((conv_relu(self.expand1x1, x), conv_relu(self.expand3x3, x)), dim=1)
-
-    def record(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        """Without a graph: the squeezed images, and the result."""
-        squeezed = convolve(self.squeeze, x)
-        expanded = (convolve(conv, squeezed) for conv in (self.expand1x1, self.expand3x3))
-        return squeezed, torch.cat(tuple(expanded), dim=1)
-
-    def input_gradient(
-        self, grad: Tensor, x: Tensor, squeezed: Tensor, through_relu: bool
-    ) -> Tensor:
-        """As :func:`lpips_fast.convolution.input_gradient`, from the gradient before both ReLUs."""
-        grad1, grad3 = grad.split(self.expand1x1.out_channels, dim=1)
-        narrow = input_gradient(self.expand1x1, grad1, squeezed)
-        narrow = input_gradient(self.expand3x3, grad3, squeezed, through_relu=True, add=narrow)
-        return input_gradient(self.squeeze, narrow, x, through_relu)
 
 
 class MaxPool2d(nn.MaxPool2d):

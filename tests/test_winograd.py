@@ -169,7 +169,10 @@ def test_empty_batch():
     "call, message",
     [
         (lambda: convolve(torch.randn(1, 8, 5, 5).double(), torch.randn(8, 8, 3, 3)), "float32"),
-        (lambda: convolve(torch.randn(1, 7, 5, 5), torch.randn(8, 8, 3, 3)), "not packed for blocks of 1x1x7"),
+        (
+            lambda: convolve(torch.randn(1, 7, 5, 5), torch.randn(8, 8, 3, 3)),
+            "not packed for blocks of 1x1x7",
+        ),
         (lambda: OPS.winograd_pack(torch.randn(8, 8, 7, 7)), r"\(C_out, C_in, 3, 3\)"),
         (
             lambda: convolve(torch.randn(1, 8, 2, 9), torch.randn(8, 8, 5, 5), padding=1),
@@ -211,7 +214,7 @@ class TestChoice:
     @pytest.mark.skipif(not convolution._WINOGRAD, reason="there are no wide vectors here")
     def test_where_it_is_taken(self):
         def takes(conv, channels=64, grid=(8, 8), dtype=torch.float32):
-            return convolution._uses_winograd(conv, channels, torch.Size(grid), dtype)
+            return convolution.uses_winograd(conv, channels, torch.Size(grid), dtype)
 
         conv = nn.Conv2d(64, 64, 3, padding=1).requires_grad_(False)
         assert takes(conv)

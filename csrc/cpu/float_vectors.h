@@ -19,20 +19,37 @@ inline void store(const Vec& value, float* to, int64_t count) {
   count == kLanes ? value.store(to) : value.store(to, static_cast<int>(count));
 }
 
-// Writes `value` plus `bias`, the vector of it for these channels, as channels c to c + count of
-// position (n, y, x).
-inline void finish(Vec value, const Vec& bias, const ConvolutionEpilogue& epilogue,
-                   const Positions<float>& results, int64_t n, int64_t y, int64_t x, int64_t c,
-                   int64_t count) {
-  const Vec zero(0.f);
-  value = value + bias;
-  if (epilogue.add) value = value + load(epilogue.add.at(n, y, x) + c, count);
-  if (epilogue.relu) value = at::vec::maximum(value, zero);
-  if (epilogue.mask) {
-    const Vec mask = load(epilogue.mask.at(n, y, x) + c, count);
-    value = Vec::blendv(value, zero, mask <= zero);
+// The epilogue of `count` channels from channel c on, at positions (n, y, x), (n, y, x + 1), ...
+class RowEpilogue {
+ public:
+  RowEpilogue(const ConvolutionEpilogue& epilogue, const Positions<float>& results, int64_t n,
+              int64_t y, int64_t x, int64_t c, int64_t count)
+      : bias_(epilogue.bias ? load(epilogue.bias + c, count) : Vec(0.f)),
+        to_(results.at(n, y, x) + c),
+        add_(epilogue.add ? epilogue.add.at(n, y, x) + c : nullptr),
+        mask_(epilogue.mask ? epilogue.mask.at(n, y, x) + c : nullptr),
+        column_(results.column),
+        add_column_(epilogue.add.column),
+        mask_column_(epilogue.mask.column),
+        count_(count),
+        relu_(epilogue.relu) {}
+
+  // Writes a sum as the result of the position r columns further on.
+  void finish(Vec value, int64_t r) const {
+    const Vec zero(0.f);
+    value = value + bias_;
+    if (add_) value = value + load(add_ + r * add_column_, count_);
+    if (relu_) value = at::vec::maximum(value, zero);
+    if (mask_) value = Vec::blendv(value, zero, load(mask_ + r * mask_column_, count_) <= zero);
+    store(value, to_ + r * column_, count_);
   }
-  store(value, results.at(n, y, x) + c, count);
-}
+
+ private:
+  Vec bias_;
+  float* to_;
+  const float *add_, *mask_;
+  int64_t column_, add_column_, mask_column_, count_;
+  bool relu_;
+};
 
 }  // namespace lpips_fast

@@ -171,7 +171,6 @@ void transform_output(const float* m, int64_t stride, const WinogradImage& shape
   const int64_t columns = std::min(kTileOut, shape.width - left);
   for (int64_t c = 0; c < shape.out_channels; c += kLanes) {
     const int64_t count = std::min(kLanes, shape.out_channels - c);
-    const Vec bias = epilogue.bias ? load(epilogue.bias + c, count) : Vec(0.f);
     std::array<Vec, tile_in> half[kTileOut];
     for (int64_t j = 0; j < tile_in; ++j) {
       std::array<Vec, tile_in> column;
@@ -182,8 +181,8 @@ void transform_output(const float* m, int64_t stride, const WinogradImage& shape
     }
     for (int64_t i = 0; i < rows; ++i) {
       const auto row = transform_out<tile_in>(half[i]);
-      for (int64_t j = 0; j < columns; ++j)
-        finish(row[j], bias, epilogue, results, n, top + i, left + j, c, count);
+      const RowEpilogue of_row(epilogue, results, n, top + i, left, c, count);
+      for (int64_t j = 0; j < columns; ++j) of_row.finish(row[j], j);
     }
   }
 }

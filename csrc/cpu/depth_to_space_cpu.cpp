@@ -1,0 +1,68 @@
+// Blocks of s x s positions back in their places: what a convolution of stride 1 over blocks gives
+// as channels is the image of the convolution of stride s, or its gradient.
+//
+// Memory: reads and writes everything once, s C numbers at a time.
+#include <algorithm>
+#include <cstring>
+
+#include "../stable_abi.h"
+
+namespace lpips_fast {
+namespace {
+
+using torch::headeronly::MemoryFormat;
+using torch::stable::parallel_for;
+using torch::stable::Tensor;
+
+constexpr int64_t kBytesPerTask = 64 * 1024;
+
+// (N, s s C, H_b, W_b), channels in the order row of the block, column, C, to (N, C, H, W): the
+// blocks' image without its first `padding` rows and columns, and zeros where it ends too soon.
+Tensor depth_to_space(Tensor blocks, int64_t stride, int64_t padding, int64_t height,
+                      int64_t width) {
+  STD_TORCH_CHECK(blocks.dim() == 4 && stride >= 1 && padding >= 0 && height >= 0 && width >= 0 &&
+                      blocks.size(1) % (stride * stride) == 0,
+                  "depth_to_space takes blocks (N, stride * stride * C, H, W)");
+  blocks = torch::stable::contiguous(blocks, MemoryFormat::ChannelsLast);
+  const int64_t batch = blocks.size(0), channels = blocks.size(1) / (stride * stride);
+  const int64_t rows = blocks.size(2), columns = blocks.size(3);
+  const Tensor image =
+      torch::stable::empty({batch, channels, height, width}, blocks.scalar_type(), std::nullopt,
+                           blocks.device(), std::nullopt, MemoryFormat::ChannelsLast);
+  if (image.numel() == 0) return image;
+  const int64_t position = channels * static_cast<int64_t>(blocks.element_size());
+  const int64_t row_of_block = stride * position;
+  const auto* from = static_cast<const char*>(blocks.const_data_ptr());
+  auto* to = static_cast<char*>(image.mutable_data_ptr());
+  const int64_t grain = std::max<int64_t>(1, kBytesPerTask / (width * position));
+  parallel_for(0, batch * height, grain, [&](int64_t first, int64_t last) {
+    for (int64_t row = first; row < last; ++row) {
+      char* out = to + row * width * position;
+      const int64_t y = row % height + padding;
+      int64_t x = 0;
+      if (y < rows * stride) {
+        const char* block_row =
+            from +
+            ((row / height * rows + y / stride) * columns * stride + y % stride) * row_of_block;
+        while (x < width && x + padding < columns * stride) {
+          const int64_t in_block = (x + padding) % stride;
+          const int64_t count = std::min(stride - in_block, width - x);
+          std::memcpy(
+              out + x * position,
+              block_row + (x + padding) / stride * stride * row_of_block + in_block * position,
+              count * position);
+          x += count;
+        }
+      }
+      std::memset(out + x * position, 0, (width - x) * position);
+    }
+  });
+  return image;
+}
+
+}  // namespace
+}  // namespace lpips_fast
+
+STABLE_TORCH_LIBRARY_IMPL(lpips_fast, CPU, m) {
+  m.impl("depth_to_space", TORCH_BOX(&lpips_fast::depth_to_space));
+}

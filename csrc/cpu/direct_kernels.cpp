@@ -1,0 +1,117 @@
+#include "direct_kernels.h"
+
+#include <algorithm>
+#include <array>
+#include <utility>
+
+#include "float_vectors.h"
+
+namespace lpips_fast {
+namespace {
+
+// As many accumulators as leave registers for the weights and a factor.
+#ifdef CPU_CAPABILITY_AVX512
+constexpr int kGroup = 12;
+#else
+constexpr int kGroup = 6;
+#endif
+
+constexpr int64_t kPanel = 2 * kLanes;  // channels of results at a time; perhaps kLanes at the end
+
+constexpr int64_t kFloatsPerLine = 16;  // of the cache
+
+// Results of a group of positions: `r...` is 0, 1, ..., positions - 1.
+//
+// The next group's inputs and this one's results are fetched ahead. The hardware does not foresee
+// them: it sees as many streams as there are positions.
+template <int vectors, int... r>
+void convolve_group(std::integer_sequence<int, r...>, const DirectConvolution& convolution,
+                    int64_t n, int64_t y, int64_t x, int64_t c, const float* packed) {
+  constexpr int64_t positions = sizeof...(r);
+  std::array<Vec, positions> left{((void)r, Vec(0.f))...}, right = left;
+  const int64_t column = convolution.images.column;
+  const bool fetches_next = convolution.kernel == 1 && c == 0;
+  float* to = convolution.results.at(n, y, x) + c;
+  (__builtin_prefetch(to + r * convolution.results.column, 1), ...);
+  if constexpr (vectors == 2)
+    (__builtin_prefetch(to + r * convolution.results.column + kLanes, 1), ...);
+  for (int64_t i = 0; i < convolution.kernel; ++i) {
+    for (int64_t j = 0; j < convolution.kernel; ++j) {
+      const float* from = convolution.images.at(n, y + i, x + j);
+      for (int64_t k = 0; k < convolution.in_channels; ++k, packed += vectors * kLanes) {
+        if (fetches_next && k % kFloatsPerLine == 0)
+          (__builtin_prefetch(from + (r + positions) * column + k), ...);
+        const Vec b0 = Vec::loadu(packed);
+        const Vec b1 = Vec::loadu(packed + (vectors - 1) * kLanes);
+        const auto accumulate = [&](const Vec& a, Vec& on_left, Vec& on_right) {
+          on_left = at::vec::fmadd(a, b0, on_left);
+          if constexpr (vectors == 2) on_right = at::vec::fmadd(a, b1, on_right);
+        };
+        (accumulate(Vec(from[r * column + k]), left[r], right[r]), ...);
+      }
+    }
+  }
+  const auto write = [&](const std::array<Vec, positions>& sums, int64_t first) {
+    const int64_t count = std::min(kLanes, convolution.out_channels - first);
+    const RowEpilogue epilogue(convolution.epilogue, convolution.results, n, y, x, first, count);
+    (epilogue.finish(sums[r], r), ...);
+  };
+  write(left, c);
+  if constexpr (vectors == 2) write(right, c + kLanes);
+}
+
+template <int vectors, int... counts>
+void convolve_count(std::integer_sequence<int, counts...>, int64_t count,
+                    const DirectConvolution& convolution, int64_t n, int64_t y, int64_t x,
+                    int64_t c, const float* packed) {
+  ((count == counts + 1 ? convolve_group<vectors>(std::make_integer_sequence<int, counts + 1>(),
+                                                  convolution, n, y, x, c, packed)
+                        : void()),
+   ...);
+}
+
+int64_t in_whole_vectors(int64_t channels) { return (channels + kLanes - 1) / kLanes * kLanes; }
+
+}  // namespace
+
+int64_t direct_packed_size(int64_t kernel, int64_t in_channels, int64_t out_channels) {
+  return kernel * kernel * in_channels * in_whole_vectors(out_channels);
+}
+
+void direct_pack(const float* weight, const int64_t (&strides)[4], int64_t kernel,
+                 int64_t in_channels, int64_t out_channels, float* packed) {
+  for (int64_t c = 0; c < out_channels; c += kPanel) {
+    const int64_t width = std::min(kPanel, in_whole_vectors(out_channels - c));
+    for (int64_t i = 0; i < kernel; ++i)
+      for (int64_t j = 0; j < kernel; ++j)
+        for (int64_t k = 0; k < in_channels; ++k)
+          for (int64_t o = c; o < c + width; ++o)
+            *packed++ =
+                o < out_channels
+                    ? weight[o * strides[0] + k * strides[1] + i * strides[2] + j * strides[3]]
+                    : 0.f;
+  }
+}
+
+void direct_convolve_rows(const DirectConvolution& convolution, int64_t n, int64_t first,
+                          int64_t last) {
+  constexpr auto counts = std::make_integer_sequence<int, kGroup>();
+  // Groups of nearly the same size: a small one uses the machine badly.
+  const int64_t groups = (convolution.width + kGroup - 1) / kGroup;
+  const int64_t depth = convolution.kernel * convolution.kernel * convolution.in_channels;
+  for (int64_t y = first; y < last; ++y) {
+    for (int64_t g = 0; g < groups; ++g) {
+      const int64_t x = g * convolution.width / groups;
+      const int64_t count = (g + 1) * convolution.width / groups - x;
+      // All channels of a group in a row: what is written lies together.
+      for (int64_t c = 0; c < convolution.out_channels; c += kPanel) {
+        const float* packed = convolution.packed + c * depth;
+        convolution.out_channels - c > kLanes
+            ? convolve_count<2>(counts, count, convolution, n, y, x, c, packed)
+            : convolve_count<1>(counts, count, convolution, n, y, x, c, packed);
+      }
+    }
+  }
+}
+
+}  // namespace lpips_fast

@@ -1,0 +1,124 @@
+"""SqueezeNet's fire module: a 1x1 convolution, then a 1x1 and a 3x3 side by side, each with a ReLU.
+
+On the CPU, with frozen float32 weights, it is one call of our own kernels
+(``csrc/cpu/fire_cpu.cpp``), in which both expansions write their channels of one result. Elsewhere
+it is three convolutions and a concatenation.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from . import ops
+from .convolution import (
+    conv_relu,
+    convolve,
+    input_gradient,
+    is_frozen,
+    is_frozen_on_cpu,
+    packed_weight,
+    uses_winograd,
+)
+
+
+class FireModule(nn.Module):
+    """Iandola et al. 2016, with torchvision's parameter names.
+
+    Args:
+        in_channels: of the images.
+        squeeze: channels of the first convolution.
+        expand: channels of each of the two others; the result has twice as many.
+    """
+
+    def __init__(self, in_channels: int, squeeze: int, expand: int) -> None:
+        super().__init__()
+        self.squeeze = nn.Conv2d(in_channels, squeeze, 1)
+        self.expand1x1 = nn.Conv2d(squeeze, expand, 1)
+        self.expand3x3 = nn.Conv2d(squeeze, expand, 3, padding=1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        if not torch.is_grad_enabled() and self._is_one_call(x):
+            return self._fire(x)[1]
+        x = conv_relu(self.squeeze, x)
+        return torch.cat((conv_relu(self.expand1x1, x), conv_relu(self.expand3x3, x)), dim=1)
+
+    def _is_one_call(self, x: Tensor) -> bool:
+        return (
+            ops.has_wide_vectors()
+            and x.dtype == torch.float32
+            and is_frozen_on_cpu(self.squeeze, x)
+            and is_frozen(self.expand1x1)
+            and is_frozen(self.expand3x3)
+        )
+
+    def _fire(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """The squeezed images with a border of zeros, and the result."""
+        operators = torch.ops.lpips_fast
+        squeeze, expand1x1, expand3x3 = self.squeeze, self.expand1x1, self.expand3x3
+        winograd = uses_winograd(expand3x3, squeeze.out_channels, x.shape[2:], x.dtype)
+        pack3x3 = operators.winograd_pack if winograd else operators.direct_pack
+
+        def packed(conv: nn.Conv2d, pack=operators.direct_pack) -> Tensor:
+            return packed_weight(conv, str(pack), x.dtype, lambda: pack(conv.weight))
+
+        return operators.fire(
+            x,
+            packed(squeeze),
+            squeeze.bias,
+            packed(expand1x1),
+            expand1x1.bias,
+            packed(expand3x3, pack3x3),
+            expand3x3.bias,
+            winograd,
+        )
+
+    def record(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """Without a graph: the squeezed images, and the result.
+
+        The squeezed images may have a border; they are for :meth:`input_gradient` alone.
+        """
+        if self._is_one_call(x):
+            return self._fire(x)
+        squeezed = convolve(self.squeeze, x)
+        expanded = (convolve(conv, squeezed) for conv in (self.expand1x1, self.expand3x3))
+        return squeezed, torch.cat(tuple(expanded), dim=1)
+
+    def input_gradient(
+        self, grad: Tensor, x: Tensor, squeezed: Tensor, through_relu: bool
+    ) -> Tensor:
+        """As :func:`lpips_fast.convolution.input_gradient`, from the gradient before both ReLUs."""
+        if squeezed.shape[2:] != x.shape[2:]:
+            return self._fire_backward(grad, x, squeezed, through_relu)
+        grad1, grad3 = grad.split(self.expand1x1.out_channels, dim=1)
+        narrow = input_gradient(self.expand1x1, grad1, squeezed)
+        narrow = input_gradient(self.expand3x3, grad3, squeezed, through_relu=True, add=narrow)
+        return input_gradient(self.squeeze, narrow, x, through_relu)
+
+    def _fire_backward(
+        self, grad: Tensor, x: Tensor, squeezed: Tensor, through_relu: bool
+    ) -> Tensor:
+        operators = torch.ops.lpips_fast
+        channels = self.expand3x3.out_channels
+        winograd = uses_winograd(self.expand3x3, channels, x.shape[2:], x.dtype)
+        pack3x3 = operators.winograd_pack if winograd else operators.direct_pack
+
+        def packed(conv: nn.Conv2d, pack=operators.direct_pack) -> Tensor:
+            """The convolution that is the gradient: flipped, channels in and out swapped."""
+            return packed_weight(
+                conv,
+                f"gradient, {pack}",
+                x.dtype,
+                lambda: pack(conv.weight.detach().flip(2, 3).transpose(0, 1)),
+            )
+
+        return operators.fire_backward(
+            grad,
+            x,
+            squeezed,
+            packed(self.squeeze),
+            packed(self.expand1x1),
+            packed(self.expand3x3, pack3x3),
+            through_relu,
+            winograd,
+        )
