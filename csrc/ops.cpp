@@ -25,6 +25,9 @@ STABLE_TORCH_LIBRARY(lpips_fast, m) {
   m.def("depth_to_space(Tensor blocks, int stride, int padding, int height, int width) -> Tensor");
   m.def("direct_pack(Tensor weight) -> Tensor");
   m.def(
+      "direct_conv2d(Tensor x, Tensor packed, Tensor? bias, bool relu, int out_channels, "
+      "int kernel, int stride, int padding) -> Tensor");
+  m.def(
       "fire(Tensor x, Tensor squeeze, Tensor squeeze_bias, Tensor expand1x1, "
       "Tensor expand1x1_bias, Tensor expand3x3, Tensor expand3x3_bias, bool winograd) "
       "-> (Tensor, Tensor)");

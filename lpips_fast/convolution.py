@@ -132,6 +132,17 @@ def uses_winograd(conv: nn.Conv2d, channels: int, grid: torch.Size, dtype: torch
     )
 
 
+def _is_direct(conv: nn.Conv2d, dtype: torch.dtype) -> bool:
+    """Whether our own direct sum convolves: the images themselves, 3x3."""
+    return (
+        ops.has_wide_vectors()
+        and dtype == torch.float32
+        and conv.in_channels <= 4
+        and conv.kernel_size == (3, 3)
+        and is_frozen(conv)
+    )
+
+
 def convolve(conv: nn.Conv2d, x: Tensor, keep_nan: bool = False) -> Tensor:
     """:func:`conv_relu` on the CPU, without a graph."""
     with torch.no_grad():
@@ -145,6 +156,12 @@ def convolve(conv: nn.Conv2d, x: Tensor, keep_nan: bool = False) -> Tensor:
             packed = packed_weight(conv, "winograd", x.dtype, lambda: _pack_blocks(weight, stride))
             return torch.ops.lpips_fast.winograd_conv2d(
                 x, packed, bias, True, None, conv.out_channels, kernel, stride, padding
+            )
+        if _is_direct(conv, x.dtype):
+            pack = torch.ops.lpips_fast.direct_pack
+            packed = packed_weight(conv, "direct", x.dtype, lambda: pack(weight))
+            return torch.ops.lpips_fast.direct_conv2d(
+                x, packed, bias, True, conv.out_channels, kernel, stride, padding
             )
         if is_frozen(conv):
             weight = packed_weight(

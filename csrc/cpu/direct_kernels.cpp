@@ -29,25 +29,32 @@ void convolve_group(std::integer_sequence<int, r...>, const DirectConvolution& c
                     int64_t n, int64_t y, int64_t x, int64_t c, const float* packed) {
   constexpr int64_t positions = sizeof...(r);
   std::array<Vec, positions> left{((void)r, Vec(0.f))...}, right = left;
-  const int64_t column = convolution.images.column;
-  const bool fetches_next = convolution.kernel == 1 && c == 0;
+  const Positions<const float>& images = convolution.images;
+  const int64_t stride = convolution.stride, column = stride * images.column;
   float* to = convolution.results.at(n, y, x) + c;
   (__builtin_prefetch(to + r * convolution.results.column, 1), ...);
   if constexpr (vectors == 2)
     (__builtin_prefetch(to + r * convolution.results.column + kLanes, 1), ...);
+  // A row of the kernel meets one run of numbers where the image's columns lie side by side.
+  const bool is_dense = images.column == convolution.in_channels;
+  const int64_t runs = is_dense ? 1 : convolution.kernel;
+  const int64_t length = convolution.kernel * convolution.in_channels / runs;
+  const bool fetches_next = convolution.kernel == 1 && c == 0;
   for (int64_t i = 0; i < convolution.kernel; ++i) {
-    for (int64_t j = 0; j < convolution.kernel; ++j) {
-      const float* from = convolution.images.at(n, y + i, x + j);
-      for (int64_t k = 0; k < convolution.in_channels; ++k, packed += vectors * kLanes) {
-        if (fetches_next && k % kFloatsPerLine == 0)
-          (__builtin_prefetch(from + (r + positions) * column + k), ...);
-        const Vec b0 = Vec::loadu(packed);
-        const Vec b1 = Vec::loadu(packed + (vectors - 1) * kLanes);
-        const auto accumulate = [&](const Vec& a, Vec& on_left, Vec& on_right) {
-          on_left = at::vec::fmadd(a, b0, on_left);
-          if constexpr (vectors == 2) on_right = at::vec::fmadd(a, b1, on_right);
-        };
-        (accumulate(Vec(from[r * column + k]), left[r], right[r]), ...);
+    for (int64_t j = 0; j < runs; ++j) {
+      const float* from = images.at(n, y * stride + i, x * stride + j);
+      for (int64_t line = 0; line < length; line += kFloatsPerLine) {
+        if (fetches_next) (__builtin_prefetch(from + (r + positions) * column + line), ...);
+        const int64_t end = std::min(length, line + kFloatsPerLine);
+        for (int64_t k = line; k < end; ++k, packed += vectors * kLanes) {
+          const Vec b0 = Vec::loadu(packed);
+          const Vec b1 = Vec::loadu(packed + (vectors - 1) * kLanes);
+          const auto accumulate = [&](const Vec& a, Vec& on_left, Vec& on_right) {
+            on_left = at::vec::fmadd(a, b0, on_left);
+            if constexpr (vectors == 2) on_right = at::vec::fmadd(a, b1, on_right);
+          };
+          (accumulate(Vec(from[r * column + k]), left[r], right[r]), ...);
+        }
       }
     }
   }

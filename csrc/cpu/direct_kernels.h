@@ -1,5 +1,5 @@
-// Direct convolution of channels-last images, float32, 1x1 or 3x3 with stride 1: for few channels,
-// where Winograd's transforms cost more than they save, and into a part of a wider tensor.
+// Direct convolution of channels-last images, float32: for 1x1 weights, and for few channels, where
+// Winograd's transforms cost more than they save.
 //
 // An implicit matrix product: up to 12 positions of a row (6 with AVX2) times two vectors of output
 // channels stay in registers while the sum runs over the kernel and the input channels; a factor is
@@ -20,8 +20,8 @@ namespace lpips_fast {
 
 struct DirectConvolution {
   int64_t width;  // positions of a row of results
-  int64_t kernel, in_channels, out_channels;
-  Positions<const float> images;  // for 3x3 with a border: (0, 0) of it meets the first weight
+  int64_t kernel, stride, in_channels, out_channels;
+  Positions<const float> images;  // with their border: (0, 0) meets the first weight
   const float* packed;
   ConvolutionEpilogue epilogue;
   Positions<float> results;

@@ -13,6 +13,7 @@
 #include "../lpips_distance.h"
 #include "dispatch.h"
 #include "distance_kernels.h"
+#include "large_pages.h"
 
 namespace lpips_fast {
 namespace {
@@ -211,8 +212,8 @@ struct Gradients {
             bool need_feats0, bool need_feats1, bool need_weights) {
     for (size_t l = 0; l < feats.size(); ++l) {
       const MemoryOrder order = layers.views[l].order;
-      if (need_feats0) feats0.push_back(empty_gradient(feats[l], order));
-      if (need_feats1) feats1.push_back(empty_gradient(feats[l], order));
+      if (need_feats0) feats0.push_back(on_large_pages(empty_gradient(feats[l], order)));
+      if (need_feats1) feats1.push_back(on_large_pages(empty_gradient(feats[l], order)));
       if (need_weights) weights.push_back(empty_accumulators({layer_weights[l].size(0)}, feats[l]));
     }
   }
@@ -298,7 +299,8 @@ TensorList tap_backward(Tensor grad, std::optional<Tensor> deeper, Tensor feat0,
   if (deeper) {
     // Dense, as the gradient is: a run may span rows.
     deeper = torch::stable::contiguous(*deeper, MemoryFormat::ChannelsLast);
-    of_layer.deeper = view_of(*deeper, layer.order);
+    of_layer.deeper = {deeper->const_data_ptr(), layer.h * layer.w * layer.c, 1, layer.w * layer.c,
+                       layer.c};
   }
   const double positions = static_cast<double>(layer.h * layer.w);
   const DistanceGradient of_distance =

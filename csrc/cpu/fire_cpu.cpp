@@ -5,99 +5,20 @@
 //
 // Memory: reads the images once, writes the result once; the squeezed images between them, a
 // quarter or less in size, are written with the border of zeros that the 3x3 sums over.
-#include <algorithm>
+#include <optional>
 #include <tuple>
 
 #include "channels_last_tensors.h"
-#include "direct_kernels.h"
+#include "direct_cpu.h"
 #include "winograd_cpu.h"
 
 namespace lpips_fast {
 namespace {
 
 using torch::headeronly::ScalarType;
-using torch::stable::parallel_for;
 using torch::stable::Tensor;
 
 constexpr int64_t kBorder = 1;
-// A task is some rows of one image: enough to outweigh waking a thread.
-constexpr int64_t kMultiplicationsPerTask = 256 * 1024;
-
-Tensor direct_pack_weight(Tensor weight) {
-  STD_TORCH_CHECK(weight.dim() == 4 && weight.size(2) == weight.size(3) &&
-                      (weight.size(2) == 1 || weight.size(2) == 3) &&
-                      weight.scalar_type() == ScalarType::Float,
-                  "direct_pack takes a float32 weight (C_out, C_in, 1, 1) or (C_out, C_in, 3, 3)");
-  const Tensor packed =
-      empty_floats({direct_packed_size(weight.size(2), weight.size(1), weight.size(0))});
-  direct_pack(static_cast<const float*>(weight.const_data_ptr()),
-              {weight.stride(0), weight.stride(1), weight.stride(2), weight.stride(3)},
-              weight.size(2), weight.size(1), weight.size(0),
-              static_cast<float*>(packed.mutable_data_ptr()));
-  return packed;
-}
-
-// Calls body(n, first, last) for the rows `first` to `last` of every image, in all.
-template <typename Body>
-void for_rows(int64_t batch, int64_t height, int64_t multiplications, const Body& body) {
-  const int64_t grain = std::max<int64_t>(1, kMultiplicationsPerTask / multiplications);
-  parallel_for(0, batch * height, grain, [&](int64_t begin, int64_t end) {
-    while (begin < end) {
-      const int64_t n = begin / height, first = begin % height;
-      const int64_t last = std::min(height, first + end - begin);
-      body(n, first, last);
-      begin += last - first;
-    }
-  });
-}
-
-// Blocks of rows between two passes over all panels: their inputs stay in the L2 cache.
-constexpr int64_t kFloatsOfRows = 64 * 1024;
-
-void convolve_rows(const DirectConvolution& convolution, int64_t n, int64_t first, int64_t last) {
-  const int64_t row = convolution.width * (convolution.in_channels + convolution.out_channels);
-  const int64_t step = std::max<int64_t>(1, kFloatsOfRows / row);
-  for (int64_t y = first; y < last; y += step)
-    direct_convolve_rows(convolution, n, y, std::min(last, y + step));
-}
-
-int64_t multiplications_per_row(const DirectConvolution& c) {
-  return c.width * c.kernel * c.kernel * c.in_channels * c.out_channels;
-}
-
-void convolve(const DirectConvolution& convolution, int64_t batch, int64_t height) {
-  for_rows(
-      batch, height, multiplications_per_row(convolution),
-      [&](int64_t n, int64_t first, int64_t last) { convolve_rows(convolution, n, first, last); });
-}
-
-// Zeros around the rows `first` to `last` of image n, and above and below the first and the last.
-void clear_border(const Positions<float>& images, int64_t channels, int64_t height, int64_t width,
-                  int64_t n, int64_t first, int64_t last) {
-  const auto clear = [&](int64_t y, int64_t x, int64_t count) {
-    std::fill_n(images.at(n, y, x), count * channels, 0.f);
-  };
-  if (first == 0) clear(0, 0, width + 2 * kBorder);
-  if (last == height) clear(height + kBorder, 0, width + 2 * kBorder);
-  for (int64_t y = first + kBorder; y < last + kBorder; ++y) {
-    clear(y, 0, kBorder);
-    clear(y, width + kBorder, kBorder);
-  }
-}
-
-template <typename T>
-Positions<T> part(const Positions<T>& all, int64_t border, int64_t first_channel) {
-  Positions<T> inner = all;
-  inner.data = all.at(0, border, border) + first_channel;
-  return inner;
-}
-
-const float* packed_weight(const Tensor& packed, int64_t size) {
-  STD_TORCH_CHECK(
-      packed.numel() == size && packed.is_contiguous() && packed.scalar_type() == ScalarType::Float,
-      "a weight was not packed for these channels");
-  return static_cast<const float*>(packed.const_data_ptr());
-}
 
 const float* bias_pointer(const Tensor& bias) {
   STD_TORCH_CHECK(
@@ -111,18 +32,48 @@ void check_images(const Tensor& x) {
                   "fire takes float32 images (N, C, H, W)");
 }
 
-// `images` with a border of zeros, for the direct 3x3 convolution.
-Tensor with_border(const Positions<const float>& images, int64_t batch, int64_t channels,
-                   int64_t height, int64_t width) {
-  const Tensor bordered = empty_images(batch, channels, height + 2 * kBorder, width + 2 * kBorder);
-  const Positions<float> to = positions_to(bordered);
-  for_rows(batch, height, width * channels, [&](int64_t n, int64_t first, int64_t last) {
-    clear_border(to, channels, height, width, n, first, last);
-    for (int64_t y = first; y < last; ++y)
-      for (int64_t x = 0; x < width; ++x)
-        std::copy_n(images.at(n, y, x), channels, to.at(n, y + kBorder, x + kBorder));
-  });
-  return bordered;
+// A 3x3 convolution with stride 1 and a padding of 1, of which `border` is there already.
+struct Convolution3x3 {
+  Positions<const float> images;
+  int64_t border, batch, height, width, in_channels, out_channels;
+  ConvolutionEpilogue epilogue;
+  Positions<float> results;
+};
+
+// By Winograd's algorithm or directly.
+void convolve3x3(const Convolution3x3& c, const Tensor& packed, bool winograd) {
+  if (winograd) {
+    const int64_t size = winograd_packed_size(3, c.in_channels, c.out_channels);
+    winograd_convolve({.image = {.height = c.height,
+                                 .width = c.width,
+                                 .out_channels = c.out_channels,
+                                 .in_height = c.height + 2 * c.border,
+                                 .in_width = c.width + 2 * c.border,
+                                 .in_channels = c.in_channels,
+                                 .stride = 1,
+                                 .padding = kBorder - c.border,
+                                 .kernel = 3},
+                       .images = c.images,
+                       .weights = packed_weight(packed, size),
+                       .epilogue = c.epilogue,
+                       .results = c.results},
+                      c.batch);
+    return;
+  }
+  std::optional<Tensor> bordered;
+  if (c.border < kBorder)
+    bordered = with_border(c.images, kBorder, c.batch, c.in_channels, c.height, c.width);
+  const int64_t size = direct_packed_size(3, c.in_channels, c.out_channels);
+  direct_convolve({.width = c.width,
+                   .kernel = 3,
+                   .stride = 1,
+                   .in_channels = c.in_channels,
+                   .out_channels = c.out_channels,
+                   .images = bordered ? positions_of(*bordered) : c.images,
+                   .packed = packed_weight(packed, size),
+                   .epilogue = c.epilogue,
+                   .results = c.results},
+                  c.batch, c.height);
 }
 
 // The squeezed images with their border (N, S, H + 2, W + 2), and the result (N, 2 E, H, W).
@@ -140,46 +91,41 @@ std::tuple<Tensor, Tensor> fire(Tensor x, Tensor squeeze, Tensor squeeze_bias, T
 
   const Positions<float> bordered = positions_to(squeezed), results = positions_to(y);
   const DirectConvolution squeezing{
-      width,
-      1,
-      x.size(1),
-      narrow,
-      positions_of(x),
-      packed_weight(squeeze, direct_packed_size(1, x.size(1), narrow)),
-      {bias_pointer(squeeze_bias), {}, true},
-      part(bordered, kBorder, 0)};
-  for_rows(batch, height, multiplications_per_row(squeezing),
-           [&](int64_t n, int64_t first, int64_t last) {
-             clear_border(bordered, narrow, height, width, n, first, last);
-             convolve_rows(squeezing, n, first, last);
-           });
+      .width = width,
+      .kernel = 1,
+      .stride = 1,
+      .in_channels = x.size(1),
+      .out_channels = narrow,
+      .images = positions_of(x),
+      .packed = packed_weight(squeeze, direct_packed_size(1, x.size(1), narrow)),
+      .epilogue = {.bias = bias_pointer(squeeze_bias), .relu = true},
+      .results = part(bordered, kBorder, 0)};
+  for_rows(batch, height, width * x.size(1) * narrow, [&](int64_t n, int64_t first, int64_t last) {
+    clear_border(bordered, kBorder, narrow, height, width, n, first, last);
+    direct_convolve_rows(squeezing, n, first, last);
+  });
 
   const Positions<const float> images = positions_of(squeezed);
-  convolve({width,
-            1,
-            narrow,
-            wide,
-            part(images, kBorder, 0),
-            packed_weight(expand1x1, direct_packed_size(1, narrow, wide)),
-            {bias_pointer(expand1x1_bias), {}, true},
-            results},
-           batch, height);
-  const ConvolutionEpilogue epilogue{bias_pointer(expand3x3_bias), {}, true};
-  if (winograd) {
-    const int64_t size = winograd_packed_size(3, narrow, wide);
-    winograd_convolve(
-        {{height, width, wide, height + 2 * kBorder, width + 2 * kBorder, narrow, 1, 0, 3},
-         images,
-         packed_weight(expand3x3, size),
-         epilogue,
-         part(results, 0, wide)},
-        batch);
-  } else {
-    const int64_t size = direct_packed_size(3, narrow, wide);
-    convolve({width, 3, narrow, wide, images, packed_weight(expand3x3, size), epilogue,
-              part(results, 0, wide)},
-             batch, height);
-  }
+  direct_convolve({.width = width,
+                   .kernel = 1,
+                   .stride = 1,
+                   .in_channels = narrow,
+                   .out_channels = wide,
+                   .images = part(images, kBorder, 0),
+                   .packed = packed_weight(expand1x1, direct_packed_size(1, narrow, wide)),
+                   .epilogue = {.bias = bias_pointer(expand1x1_bias), .relu = true},
+                   .results = results},
+                  batch, height);
+  convolve3x3({.images = images,
+               .border = kBorder,
+               .batch = batch,
+               .height = height,
+               .width = width,
+               .in_channels = narrow,
+               .out_channels = wide,
+               .epilogue = {.bias = bias_pointer(expand3x3_bias), .relu = true},
+               .results = part(results, 0, wide)},
+              expand3x3, winograd);
   return {squeezed, y};
 }
 
@@ -206,43 +152,39 @@ Tensor fire_backward(Tensor grad, Tensor x, Tensor squeezed, Tensor squeeze, Ten
 
   const Tensor grad_squeezed = empty_images(batch, narrow, height, width);
   const Positions<const float> grads = positions_of(grad);
-  convolve({width,
-            1,
-            wide,
-            narrow,
-            grads,
-            packed_weight(expand1x1, direct_packed_size(1, wide, narrow)),
-            {},
-            positions_to(grad_squeezed)},
-           batch, height);
-  const Positions<const float> grads3x3 = part(grads, 0, wide);
-  const ConvolutionEpilogue epilogue{nullptr, positions_of(grad_squeezed), false,
-                                     part(positions_of(squeezed), kBorder, 0)};
-  if (winograd) {
-    const int64_t size = winograd_packed_size(3, wide, narrow);
-    winograd_convolve({{height, width, narrow, height, width, wide, 1, kBorder, 3},
-                       grads3x3,
-                       packed_weight(expand3x3, size),
-                       epilogue,
-                       positions_to(grad_squeezed)},
-                      batch);
-  } else {
-    const Tensor bordered = with_border(grads3x3, batch, wide, height, width);
-    const int64_t size = direct_packed_size(3, wide, narrow);
-    convolve({width, 3, wide, narrow, positions_of(bordered), packed_weight(expand3x3, size),
-              epilogue, positions_to(grad_squeezed)},
-             batch, height);
-  }
-  const Positions<const float> mask = through_relu ? positions_of(x) : Positions<const float>{};
-  convolve({width,
-            1,
-            narrow,
-            channels,
-            positions_of(grad_squeezed),
-            packed_weight(squeeze, direct_packed_size(1, narrow, channels)),
-            {nullptr, {}, false, mask},
-            positions_to(grad_x)},
-           batch, height);
+  direct_convolve({.width = width,
+                   .kernel = 1,
+                   .stride = 1,
+                   .in_channels = wide,
+                   .out_channels = narrow,
+                   .images = grads,
+                   .packed = packed_weight(expand1x1, direct_packed_size(1, wide, narrow)),
+                   .epilogue = {},
+                   .results = positions_to(grad_squeezed)},
+                  batch, height);
+  convolve3x3({.images = part(grads, 0, wide),
+               .border = 0,
+               .batch = batch,
+               .height = height,
+               .width = width,
+               .in_channels = wide,
+               .out_channels = narrow,
+               .epilogue = {.add = positions_of(grad_squeezed),
+                            .mask = part(positions_of(squeezed), kBorder, 0)},
+               .results = positions_to(grad_squeezed)},
+              expand3x3, winograd);
+  ConvolutionEpilogue through;
+  if (through_relu) through.mask = positions_of(x);
+  direct_convolve({.width = width,
+                   .kernel = 1,
+                   .stride = 1,
+                   .in_channels = narrow,
+                   .out_channels = channels,
+                   .images = positions_of(grad_squeezed),
+                   .packed = packed_weight(squeeze, direct_packed_size(1, narrow, channels)),
+                   .epilogue = through,
+                   .results = positions_to(grad_x)},
+                  batch, height);
   return grad_x;
 }
 
@@ -250,7 +192,6 @@ Tensor fire_backward(Tensor grad, Tensor x, Tensor squeezed, Tensor squeeze, Ten
 }  // namespace lpips_fast
 
 STABLE_TORCH_LIBRARY_IMPL(lpips_fast, CPU, m) {
-  m.impl("direct_pack", TORCH_BOX(&lpips_fast::direct_pack_weight));
   m.impl("fire", TORCH_BOX(&lpips_fast::fire));
   m.impl("fire_backward", TORCH_BOX(&lpips_fast::fire_backward));
 }

@@ -2,6 +2,7 @@
 #include <algorithm>
 
 #include "../stable_abi.h"
+#include "channels_last_tensors.h"
 #include "dispatch.h"
 #include "max_pool_kernels.h"
 
@@ -17,12 +18,6 @@ constexpr int64_t kChannelsPerTask = 64;  // whole cache lines, so that threads 
 
 Tensor channels_last(const Tensor& x) {
   return torch::stable::contiguous(x, MemoryFormat::ChannelsLast);
-}
-
-Tensor empty_channels_last(const Tensor& like, int64_t height, int64_t width) {
-  return torch::stable::empty({like.size(0), like.size(1), height, width}, like.scalar_type(),
-                              std::nullopt, like.device(), std::nullopt,
-                              MemoryFormat::ChannelsLast);
 }
 
 // 0 where no window fits, as torch has it.
@@ -51,7 +46,7 @@ Tensor max_pool2d(Tensor x, int64_t kernel, int64_t stride, bool ceil_mode) {
   STD_TORCH_CHECK(height > 0 && width > 0, "an image of ", x.size(2), "x", x.size(3),
                   " is smaller than the pooling window of ", kernel, "x", kernel);
   x = channels_last(x);
-  const Tensor y = empty_channels_last(x, height, width);
+  const Tensor y = empty_images(x.size(0), x.size(1), height, width, x.scalar_type());
   const PoolShape shape = shape_of_pool(x, y, kernel, stride);
   const int64_t row_elements = shape.out_width * shape.channels * kernel * kernel;
   dispatch_feature_dtype(x.scalar_type(), [&](auto feature) {
@@ -82,7 +77,7 @@ Tensor max_pool2d_backward(Tensor grad, Tensor x, Tensor y, int64_t kernel, int6
   grad = channels_last(grad);
   x = channels_last(x);
   y = channels_last(y);
-  const Tensor grad_x = empty_channels_last(x, x.size(2), x.size(3));
+  const Tensor grad_x = empty_images(x.size(0), x.size(1), x.size(2), x.size(3), x.scalar_type());
   const PoolShape shape = shape_of_pool(x, y, kernel, stride);
   const int64_t groups = (shape.channels + kChannelsPerTask - 1) / kChannelsPerTask;
   dispatch_feature_dtype(x.scalar_type(), [&](auto feature) {

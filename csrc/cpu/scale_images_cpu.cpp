@@ -7,12 +7,12 @@
 #include <vector>
 
 #include "../stable_abi.h"
+#include "channels_last_tensors.h"
 #include "dispatch.h"
 
 namespace lpips_fast {
 namespace {
 
-using torch::headeronly::MemoryFormat;
 using torch::headeronly::ScalarType;
 using torch::stable::parallel_for;
 using torch::stable::Tensor;
@@ -96,9 +96,7 @@ Tensor scale_images(std::vector<Tensor> images, Tensor shift, Tensor scale, bool
   };
   const Tensor shifts = as_double(shift), scales = as_double(scale);
   const int64_t height = images[0].size(2), width = images[0].size(3);
-  const Tensor out =
-      torch::stable::empty({batch, kChannels, height, width}, dtype, std::nullopt,
-                           images[0].device(), std::nullopt, MemoryFormat::ChannelsLast);
+  const Tensor out = empty_images(batch, kChannels, height, width, dtype);
   dispatch_feature_dtype(dtype, [&](auto result) {
     using out_t = decltype(result);
     auto* to = static_cast<out_t*>(out.mutable_data_ptr());

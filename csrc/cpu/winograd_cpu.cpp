@@ -192,13 +192,22 @@ Tensor winograd_conv2d(Tensor x, Tensor packed, std::optional<Tensor> bias, bool
   const int64_t height = (x.size(2) + 2 * padding - kernel) / stride + 1;
   const int64_t width = (x.size(3) + 2 * padding - kernel) / stride + 1;
   const Tensor y = empty_images(x.size(0), out_channels, height, width);
-  const WinogradImage image{height,    width,  out_channels, x.size(2),       x.size(3),
-                            x.size(1), stride, padding,      blocks_of_kernel};
-  winograd_convolve({image,
-                     positions_of(x),
-                     static_cast<const float*>(packed.const_data_ptr()),
-                     {pointer_to(bias), like_the_result(add, y), relu, like_the_result(mask, y)},
-                     positions_to(y)},
+  winograd_convolve({.image = {.height = height,
+                               .width = width,
+                               .out_channels = out_channels,
+                               .in_height = x.size(2),
+                               .in_width = x.size(3),
+                               .in_channels = x.size(1),
+                               .stride = stride,
+                               .padding = padding,
+                               .kernel = blocks_of_kernel},
+                     .images = positions_of(x),
+                     .weights = static_cast<const float*>(packed.const_data_ptr()),
+                     .epilogue = {.bias = pointer_to(bias),
+                                  .add = like_the_result(add, y),
+                                  .relu = relu,
+                                  .mask = like_the_result(mask, y)},
+                     .results = positions_to(y)},
                     x.size(0));
   return y;
 }
