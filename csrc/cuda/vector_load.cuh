@@ -70,6 +70,11 @@ struct alignas(sizeof(T) * kSize) Vector {
     raw = __ldg(reinterpret_cast<const Raw*>(address) + index);
   }
 
+  // From memory that the kernel writes too: not through the cache of what is only read.
+  __device__ __forceinline__ void load_written(const T* address) {
+    raw = *reinterpret_cast<const Raw*>(address);
+  }
+
   __device__ __forceinline__ void clear() { raw = Raw{}; }
 
   __device__ __forceinline__ void unpack(Accumulator (&values)[kSize]) const {
