@@ -32,7 +32,10 @@ REGISTER_LIMITS = {
     r"channels_first_distance<(float|__half|__nv_bfloat16), true>": 64,
     r"channels_first_backward<\w+, \w+, \w+>": 128,
 }
-OPERATORS = ["distance", "distance_backward", "distance_map", "distance_map_backward", "bias_relu_"]
+OPERATORS = [
+    *("distance", "distance_backward", "distance_map", "distance_map_backward"),
+    *("bias_relu_", "scale_images", "max_pool2d", "max_pool2d_backward"),
+]
 
 
 def cuda_home() -> Path | None:

@@ -36,6 +36,8 @@
 #define __launch_bounds__(...)
 #define __grid_constant__
 
+using std::min;  // nvcc has it without a namespace
+
 static uint3 threadIdx, blockIdx;
 static dim3 blockDim, gridDim;
 

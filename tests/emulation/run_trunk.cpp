@@ -9,6 +9,8 @@
 #include <string>
 
 #include "../../csrc/cuda/bias_relu_kernels.cuh"
+#include "../../csrc/cuda/max_pool_kernels.cuh"
+#include "../../csrc/cuda/scale_images_kernels.cuh"
 #include "guarded_memory.h"
 
 using namespace lpips_fast;
@@ -55,6 +57,64 @@ int run_bias_relu(const char* dtype, void* y, const void* bias, int64_t position
       using T = decltype(feature);
       launch_bias_relu(static_cast<T*>(y), static_cast<const T*>(bias), positions, channels,
                        stream);
+    });
+  });
+}
+
+// sizes: N, H, W; strides: of N, C, H, W.
+int run_scale_images(const char* in, const char* out, const void* images, const int64_t* sizes,
+                     const int64_t* strides, const void* shift, const void* scale, int unit_range,
+                     void* result, int order, int ends) {
+  const ImageBatch batch{images,     sizes[0],   sizes[1],   sizes[2],
+                         strides[0], strides[1], strides[2], strides[3]};
+  return run(order, ends, [&](emulation::Stream* stream) {
+    dispatch(in, [&](auto element) {
+      using In = decltype(element);
+      using A = accumulator_t<In>;
+      dispatch(out, [&](auto scaled) {
+        using Out = decltype(scaled);
+        launch_scale_images<In>(batch, static_cast<const A*>(shift), static_cast<const A*>(scale),
+                                unit_range != 0, static_cast<Out*>(result), stream);
+      });
+    });
+  });
+}
+
+// How pixels are read: 0 as planes, 1 as interleaved channels, 2 one by one.
+int order_of_pixels(const char* in, const char* out, const void* images, const int64_t* sizes,
+                    const int64_t* strides, const void* result) {
+  const ImageBatch batch{images,     sizes[0],   sizes[1],   sizes[2],
+                         strides[0], strides[1], strides[2], strides[3]};
+  int order = -1;
+  dispatch(in, [&](auto element) {
+    dispatch(out, [&](auto scaled) {
+      order = static_cast<int>(pixel_order<decltype(element), decltype(scaled)>(batch, result));
+    });
+  });
+  return order;
+}
+
+// shape: C, H, W, out H, out W, kernel, stride.
+int run_max_pool(const char* dtype, const void* x, void* y, int64_t images, const int64_t* shape,
+                 int order, int ends) {
+  const PoolShape pool{shape[0], shape[1], shape[2], shape[3], shape[4], shape[5], shape[6]};
+  return run(order, ends, [&](emulation::Stream* stream) {
+    dispatch(dtype, [&](auto feature) {
+      using T = decltype(feature);
+      launch_max_pool(static_cast<const T*>(x), static_cast<T*>(y), images, pool, stream);
+    });
+  });
+}
+
+int run_max_pool_backward(const char* dtype, const void* grad_y, const void* x, const void* y,
+                          void* grad_x, int64_t images, const int64_t* shape, int order, int ends) {
+  const PoolShape pool{shape[0], shape[1], shape[2], shape[3], shape[4], shape[5], shape[6]};
+  return run(order, ends, [&](emulation::Stream* stream) {
+    dispatch(dtype, [&](auto feature) {
+      using T = decltype(feature);
+      launch_max_pool_backward(static_cast<const T*>(grad_y), static_cast<const T*>(x),
+                               static_cast<const T*>(y), static_cast<T*>(grad_x), images, pool,
+                               stream);
     });
   });
 }
