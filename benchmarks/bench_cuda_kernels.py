@@ -275,6 +275,7 @@ def trunk_calls(dtype: torch.dtype) -> Iterator[tuple[str, int | None, Call, Cal
         )
     conv = torch.nn.Conv2d(64, 64, 3, padding=1, device="cuda", dtype=dtype).requires_grad_(False)
     conv = conv.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+    cuda_convolution.WITHOUT_ENGINE.clear()
     cuda_convolution.conv_relu(conv, x)
     way = "no fused engine" if cuda_convolution.WITHOUT_ENGINE else "cuDNN's fused call"
     yield (

@@ -44,9 +44,8 @@ def conv_relu(conv: nn.Conv2d, x: Tensor, keep_nan: bool = False) -> Tensor:
     """
     dtype = _cpu_dtype(conv, x)
     if dtype is None:
-        if cuda_convolution.takes(conv, x):
-            return cuda_convolution.conv_relu(conv, x, keep_nan)
-        return conv(x).relu_()
+        y = cuda_convolution.conv_relu(conv, x, keep_nan)
+        return conv(x).relu_() if y is None else y
     x = x.to(dtype)
     weight, bias = conv.weight, conv.bias
     assert bias is not None

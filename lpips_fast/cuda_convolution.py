@@ -29,42 +29,46 @@ _CUDNN_ELEMENTS = 2**31  # beyond, whether cuDNN can count so far is torch's to 
 WITHOUT_ENGINE: set[tuple[Any, ...]] = set()
 
 
-def takes(conv: nn.Conv2d, x: Tensor) -> bool:
-    """Whether :func:`conv_relu` convolves ``x``; else it is torch's, its error included."""
-    if not ops.is_eager() or not _is_served(x) or type(x) is not Tensor or x.numel() == 0:
-        return False
-    if torch.is_grad_enabled() and any(p.requires_grad for p in (conv.weight, conv.bias)):  # type: ignore[union-attr]
-        return False
-    return _dtype(conv, x) in _DTYPES
-
-
-def _is_served(x: Tensor) -> bool:
-    return x.device.type == "cuda" and ops.has_trunk_kernels(x.device)
-
-
-def _dtype(conv: nn.Conv2d, x: Tensor) -> torch.dtype | None:
-    """The dtype that torch would convolve in, or None if it would not."""
-    device = x.device.type
-    pair = (x.dtype, conv.weight.dtype)
-    if torch.is_autocast_enabled(device) and torch.float64 not in pair:  # which it leaves alone
-        return torch.get_autocast_dtype(device)
-    return x.dtype if pair[0] == pair[1] else None
-
-
-def conv_relu(conv: nn.Conv2d, x: Tensor, keep_nan: bool = False) -> Tensor:
-    """``relu(conv(x))``, differentiable in ``x``.
+def conv_relu(conv: nn.Conv2d, x: Tensor, keep_nan: bool = False) -> Tensor | None:
+    """``relu(conv(x))``, differentiable in ``x``, or None where it is torch's to compute.
 
     Args:
         keep_nan: let NaN through, as torch's ReLU does.
     """
-    dtype = _dtype(conv, x)
-    assert dtype is not None and conv.bias is not None
-    # Frozen, or without a graph: cast as autocast would, outside of any.
-    weight, bias = conv.weight.detach().to(dtype), conv.bias.detach().to(dtype)
+    if not _is_served(x):
+        return None
+    weight, bias = conv.weight, conv.bias
+    assert bias is not None
+    graph = torch.is_grad_enabled()
+    if graph and (weight.requires_grad or bias.requires_grad):
+        return None
+    dtype = _dtype(x, weight)
+    if dtype not in _DTYPES:
+        return None
+    if weight.dtype != dtype:  # as autocast would
+        weight, bias = weight.detach().to(dtype), bias.detach().to(dtype)
     x = x.to(dtype)
-    if torch.is_grad_enabled() and x.requires_grad:
+    if graph and x.requires_grad:
         return _ConvReLU.apply(x, weight, bias, conv, keep_nan)
     return _convolve(x, weight, bias, conv, keep_nan)
+
+
+def _is_served(x: Tensor) -> bool:
+    return (
+        x.device.type == "cuda"
+        and ops.has_trunk_kernels(x.device)
+        and ops.is_eager()
+        and type(x) is Tensor
+        and x.numel() > 0
+    )
+
+
+def _dtype(x: Tensor, weight: Tensor) -> torch.dtype | None:
+    """The dtype that torch would convolve in, or None if it would not."""
+    device, pair = x.device.type, (x.dtype, weight.dtype)
+    if torch.is_autocast_enabled(device) and torch.float64 not in pair:  # which it leaves alone
+        return torch.get_autocast_dtype(device)
+    return x.dtype if pair[0] == pair[1] else None
 
 
 class _ConvReLU(torch.autograd.Function):
@@ -104,7 +108,7 @@ def _convolve(x: Tensor, weight: Tensor, bias: Tensor, conv: nn.Conv2d, keep_nan
     """Without a graph; all three in one dtype."""
     if keep_nan or not _cudnn_may_fuse(conv, x):
         return _in_two_passes(x, weight, bias, conv)
-    configuration = _configuration(conv, x)
+    configuration = _configuration(conv, x, weight)
     if configuration in WITHOUT_ENGINE:
         return _in_two_passes(x, weight, bias, conv)
     try:
@@ -126,19 +130,17 @@ def _cudnn_may_fuse(conv: nn.Conv2d, x: Tensor) -> bool:
         return False
     if cudnn.deterministic or torch.are_deterministic_algorithms_enabled():
         return False
-    assert isinstance(conv.padding, tuple)
-    positions = 1
-    for size, kernel, stride, padding in zip(
-        x.shape[2:], conv.kernel_size, conv.stride, conv.padding
-    ):
-        positions *= (size + 2 * padding - kernel) // stride + 1
-    return max(x.numel(), len(x) * conv.out_channels * positions) < _CUDNN_ELEMENTS
+    # A result has no more positions than the image; padding adds a few.
+    (batch, channels, height, width), padding = x.shape, conv.padding
+    assert isinstance(padding, tuple)
+    positions = batch * (height + 2 * padding[0]) * (width + 2 * padding[1])
+    return positions * max(channels, conv.out_channels) < _CUDNN_ELEMENTS
 
 
-def _configuration(conv: nn.Conv2d, x: Tensor) -> tuple[Any, ...]:
+def _configuration(conv: nn.Conv2d, x: Tensor, weight: Tensor) -> tuple[Any, ...]:
     """What decides whether cuDNN has an engine. Sizes of images hardly do."""
     precision = torch.backends.cudnn.conv.fp32_precision  # type: ignore[attr-defined]
-    return (x.device, x.dtype, conv.weight.shape, conv.stride, conv.padding, precision)
+    return (x.device, x.dtype, weight.shape, conv.stride, conv.padding, precision)
 
 
 def _in_two_passes(x: Tensor, weight: Tensor, bias: Tensor, conv: nn.Conv2d) -> Tensor:

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 import lpips_fast
 from lpips_fast import convolution, cuda_convolution, ops
-from lpips_fast.cuda_convolution import WITHOUT_ENGINE, conv_relu, takes
+from lpips_fast.cuda_convolution import WITHOUT_ENGINE, conv_relu
 
 CONVOLUTIONS = [
     {"in_channels": 3, "out_channels": 64, "kernel_size": 11, "stride": 4, "padding": 2},
@@ -48,7 +48,7 @@ class Device:
 @pytest.fixture
 def device(monkeypatch: pytest.MonkeyPatch) -> Iterator[Device]:
     played = Device()
-    monkeypatch.setattr(cuda_convolution, "_is_served", lambda x: True)
+    monkeypatch.setattr(cuda_convolution, "_is_served", lambda x: ops.is_eager() and len(x) > 0)
     monkeypatch.setattr(convolution, "_cpu_dtype", lambda conv, x: None)
     monkeypatch.setattr(torch.backends.cudnn, "is_available", lambda: True)
     WITHOUT_ENGINE.clear()
@@ -70,6 +70,10 @@ def frozen(**options) -> nn.Conv2d:
 def image(conv: nn.Conv2d, shape=(2, 19, 23), dtype=torch.float32) -> Tensor:
     x = torch.randn(shape[0], conv.in_channels, *shape[1:], dtype=dtype)
     return x.contiguous(memory_format=torch.channels_last)
+
+
+def takes(conv: nn.Conv2d, x: Tensor) -> bool:
+    return conv_relu(conv, x) is not None
 
 
 def error(result: Tensor, expected: Tensor) -> float:
