@@ -276,6 +276,19 @@ class TestScaleImages:
             got = emulator.scale_images([view], False, result)
             assert torch.equal(got, torchs_scaling([view], False, result))
 
+    @pytest.mark.parametrize("odd", ["image", "channel", "row"])
+    def test_odd_strides_behind_an_aligned_address(self, emulator, dtype, result, order, odd):
+        shape = (2, 3, 4, 8)
+        strides = [97, 32, 8, 1] if order == CHANNELS_FIRST else [97, 1, 24, 3]
+        if odd == "channel" and order == CHANNELS_FIRST:
+            strides = [128, 33, 8, 1]
+        elif odd == "row":
+            strides = [128, 40, 9, 1] if order == CHANNELS_FIRST else [128, 1, 25, 3]
+        wide = emulator.empty((256,), dtype, in_front=True).as_strided(shape, strides)
+        images = wide.copy_(random_images(shape, dtype, fresh_seed()))
+        got = emulator.scale_images([images], False, result)
+        assert torch.equal(got, torchs_scaling([images], False, result))
+
     def test_misaligned_result(self, emulator, dtype, result, order):
         images = emulator.copy(random_images((1, 3, 4, 16), dtype, fresh_seed()), order)
         got = emulator.scale_images([images], True, result, skew=1)
