@@ -42,7 +42,7 @@ from torch.utils import cpp_extension
 ROOT = Path(__file__).parent
 MINIMUM_TORCH = (2, 10)
 DEFAULT_ARCH_LIST = "7.5;8.0;8.6;8.9;9.0;10.0;12.0+PTX"
-CUDA_SOURCES = ["csrc/cuda/distance_cuda.cu"]
+CUDA_SOURCES = sorted(str(path.relative_to(ROOT)) for path in (ROOT / "csrc/cuda").glob("*.cu"))
 
 # at::vec is chosen at compile time, so the CPU kernels are built once per capability that torch
 # itself distinguishes, each into a library of its own; lpips_fast/ops.py loads the right one.

@@ -1,4 +1,6 @@
-"""Measures the CUDA kernels layer by layer, against memory bandwidth and the formula in torch.
+"""Measures the CUDA kernels, against memory bandwidth and against torch's own operators.
+
+The distance layer by layer; the trunk's kernels on one size each.
 
 ``python benchmarks/bench_cuda_kernels.py`` takes some minutes on one GPU, ``--quick`` less than
 one. It writes ``benchmarks/results/<gpu>-kernels.md`` and ``.json``.
@@ -27,7 +29,8 @@ import torch.nn.functional as F
 from timing import seconds_of
 from torch import Tensor
 
-from lpips_fast import functional  # noqa: F401  (loads the operators)
+from lpips_fast import cuda_convolution, functional  # noqa: F401  (loads the operators)
+from lpips_fast.lpips import ScalingLayer
 from lpips_fast.trunk import Trunk
 
 HERE = Path(__file__).resolve().parent
@@ -220,6 +223,83 @@ def measure_whole(repeats: int) -> dict[str, Any]:
     return {"seconds": device_seconds([call], repeats), "launches": launches or None}
 
 
+# ------------------------------------------------------------------------------------- the trunk
+
+
+def trunk_calls(dtype: torch.dtype) -> Iterator[tuple[str, int | None, Call, Call]]:
+    """Name, bytes that must move, our call, and torch's operators for the same.
+
+    At sizes well above the L2 cache. A convolution is bound by arithmetic: no bytes are given.
+    """
+    operators = torch.ops.lpips_fast
+    layer = ScalingLayer().cuda()
+    images = [torch.rand(32, 3, 512, 512, device="cuda") for _ in range(2)]
+    pixels = sum(image.numel() for image in images)
+
+    def torchs_scaling() -> Tensor:
+        scaled = layer(2 * torch.cat(images) - 1)
+        return scaled.to(dtype, memory_format=torch.channels_last)
+
+    yield (
+        "scaling of 2 × 32 images, 512²",
+        pixels * (4 + dtype.itemsize),
+        lambda: operators.scale_images(images, layer.shift, layer.scale, True, dtype),
+        torchs_scaling,
+    )
+    x = torch.randn(8, 64, 256, 256, device="cuda", dtype=dtype).relu_()
+    x = x.contiguous(memory_format=torch.channels_last)
+    size, bias = x.numel() * dtype.itemsize, torch.zeros(64, device="cuda", dtype=dtype)
+    yield (
+        "bias and ReLU in place, 8 × 64 × 256²",
+        2 * size,
+        lambda: operators.bias_relu_(x, bias),
+        lambda: x.add_(bias.view(1, -1, 1, 1)).relu_(),
+    )
+    for kernel in (2, 3):
+        y, index = F.max_pool2d(x, kernel, 2, return_indices=True)
+        grad, pooled = torch.randn_like(y), y.numel() * dtype.itemsize
+        arguments = ([kernel, kernel], [2, 2], [0, 0], [1, 1], False)
+        yield (
+            f"max-pooling {kernel}x{kernel}, stride 2, 8 × 64 × 256²",
+            size + pooled,
+            functools.partial(operators.max_pool2d, x, kernel, 2, False),
+            functools.partial(F.max_pool2d, x, kernel, 2),
+        )
+        yield (
+            f"backward of max-pooling {kernel}x{kernel}",
+            2 * (size + pooled),
+            functools.partial(operators.max_pool2d_backward, grad, x, y, kernel, 2),
+            functools.partial(
+                torch.ops.aten.max_pool2d_with_indices_backward, grad, x, *arguments, index
+            ),
+        )
+    conv = torch.nn.Conv2d(64, 64, 3, padding=1, device="cuda", dtype=dtype).requires_grad_(False)
+    conv = conv.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+    cuda_convolution.WITHOUT_ENGINE.clear()
+    cuda_convolution.conv_relu(conv, x)
+    way = "no fused engine" if cuda_convolution.WITHOUT_ENGINE else "cuDNN's fused call"
+    yield (
+        f"convolution 3x3 with bias and ReLU, 8 × 64 × 256² ({way})",
+        None,
+        lambda: cuda_convolution.conv_relu(conv, x),
+        lambda: conv(x).relu_(),
+    )
+
+
+def measure_trunk(dtype: torch.dtype, bandwidth: float, repeats: int) -> Iterator[dict[str, Any]]:
+    for name, moved, ours, torchs in trunk_calls(dtype):
+        with torch.no_grad():
+            seconds = device_seconds([ours], repeats)
+            times_torch = device_seconds([torchs], repeats) / seconds
+        yield {
+            "name": name,
+            "dtype": str(dtype).removeprefix("torch."),
+            "seconds": seconds,
+            "share_of_copy": moved / seconds / bandwidth if moved else None,
+            "times_torch": times_torch,
+        }
+
+
 def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--quick", action="store_true", help="only 256², batch 8")
@@ -249,6 +329,11 @@ def main() -> None:
         "command": shlex.join(["python", "benchmarks/bench_cuda_kernels.py", *sys.argv[1:]]),
         "copy_bandwidth": bandwidth,
         "whole": measure_whole(options.repeats),
+        "trunk": [
+            line
+            for dtype in options.dtype
+            for line in measure_trunk(getattr(torch, dtype), bandwidth, options.repeats)
+        ],
         "cases": [],
     }
     options.output.mkdir(parents=True, exist_ok=True)

@@ -37,6 +37,9 @@ def markdown(results: Results) -> str:
         "## The goals\n\n" + table(["", "wanted", "reached", "measured"], _goals(results)),
         "## Whole distance, AlexNet's layers at 64², batch 1\n\n" + _whole(results["whole"]),
     ]
+    if results.get("trunk"):
+        header = ["the trunk's kernels", "dtype", "µs", "of copy", "× torch's operators"]
+        sections.append("## The trunk\n\n" + table(header, map(_trunk_row, results["trunk"])))
     for dtype in dict.fromkeys(case["dtype"] for case in results["cases"]):
         for direction, title in DIRECTIONS.items():
             rows = [
@@ -103,6 +106,16 @@ def _whole(whole: dict[str, Any]) -> str:
         f"- Device time: {whole['seconds'] * 1e6:.1f} µs, inputs in the L2 cache\n"
         f"- Kernel launches: {counted}"
     )
+
+
+def _trunk_row(line: dict[str, Any]) -> list[str]:
+    return [
+        line["name"],
+        line["dtype"],
+        f"{line['seconds'] * 1e6:.1f}",
+        f"{line['share_of_copy']:.0%}" if line["share_of_copy"] else "",
+        f"{line['times_torch']:.1f}",
+    ]
 
 
 def _row(case: Case) -> list[str]:

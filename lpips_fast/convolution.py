@@ -11,8 +11,9 @@ On the CPU there are two:
   weights take four times the memory of 3x3 weights. ``LPIPS_FAST_WINOGRAD=0`` in the environment
   turns it off.
 
-Elsewhere, and while torch.compile traces (its own compiler fuses and packs), it is torch's
-convolution followed by an in-place ReLU.
+On CUDA it is cuDNN's fused call (:mod:`lpips_fast.cuda_convolution`). Elsewhere, and while
+torch.compile traces (its own compiler fuses and packs), it is torch's convolution followed by an
+in-place ReLU.
 """
 
 from __future__ import annotations
@@ -26,7 +27,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from . import ops
+from . import cuda_convolution, ops
 
 # Compared with oneDNN on the trunks' layers: below, transforming costs more than it saves.
 _WINOGRAD_CHANNELS = 32
@@ -43,7 +44,8 @@ def conv_relu(conv: nn.Conv2d, x: Tensor, keep_nan: bool = False) -> Tensor:
     """
     dtype = _cpu_dtype(conv, x)
     if dtype is None:
-        return conv(x).relu_()
+        y = cuda_convolution.conv_relu(conv, x, keep_nan)
+        return conv(x).relu_() if y is None else y
     x = x.to(dtype)
     weight, bias = conv.weight, conv.bias
     assert bias is not None

@@ -67,9 +67,9 @@ class ScalingLayer(nn.Module):
 
         Returns:
             (sum of N_k, 3, H, W). The same numbers as by :meth:`forward`, in one pass over memory
-            on the CPU.
+            where there is a kernel for it: on the CPU and on CUDA.
         """
-        if self.shift.device.type == "cpu" and ops.is_eager():
+        if ops.is_eager() and ops.has_trunk_kernels(self.shift.device):
             shift, scale = self.shift, self.scale
             if version == "0.0":
                 shift, scale = torch.zeros_like(shift), torch.ones_like(scale)

@@ -7,6 +7,7 @@ backward kernels are operators too.
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Sequence
 from importlib.machinery import EXTENSION_SUFFIXES
 from pathlib import Path
@@ -55,6 +56,18 @@ LOADED_LIBRARIES = _load()
 def has_kernel(device: torch.device) -> bool:
     """Whether features on ``device`` are served by a kernel, rather than by ``composed``."""
     return device.type == "cpu" or (device.type == "cuda" and "_cuda" in LOADED_LIBRARIES)
+
+
+_CUDA_TRUNK = os.environ.get("LPIPS_FAST_CUDA_TRUNK", "1") != "0"
+
+
+def has_trunk_kernels(device: torch.device) -> bool:
+    """Whether images on ``device`` are scaled and pooled by kernels of ours.
+
+    ``LPIPS_FAST_CUDA_TRUNK=0`` in the environment leaves the trunk on CUDA to torch's own
+    operators, to compare with them; the distance keeps its kernels.
+    """
+    return has_kernel(device) and (device.type == "cpu" or _CUDA_TRUNK)
 
 
 def has_wide_vectors() -> bool:
@@ -336,6 +349,11 @@ def _(
     winograd: bool,
 ) -> Tensor:
     return _empty_channels_last(x, *x.shape)
+
+
+@torch.library.register_fake("lpips_fast::bias_relu_")
+def _(y: Tensor, bias: Tensor) -> None:
+    pass
 
 
 @torch.library.register_fake("lpips_fast::winograd_conv2d")

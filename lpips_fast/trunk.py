@@ -120,10 +120,13 @@ def trunk_spec(net: str) -> TrunkSpec:
 
 
 class MaxPool2d(nn.MaxPool2d):
-    """Max-pooling by our own kernel on the CPU, which needs no tensor of indices."""
+    """Max-pooling by our own kernel on the CPU and on CUDA, which needs no tensor of indices."""
 
     def forward(self, input: Tensor) -> Tensor:
-        if input.device.type != "cpu" or not ops.is_eager():
+        if not ops.is_eager() or not ops.has_trunk_kernels(input.device):
+            return super().forward(input)
+        # Without cuDNN, and in float64, convolutions on CUDA return channels-first.
+        if input.is_cuda and not input.is_contiguous(memory_format=torch.channels_last):
             return super().forward(input)
         return torch.ops.lpips_fast.max_pool2d(input, self.kernel_size, self.stride, self.ceil_mode)
 

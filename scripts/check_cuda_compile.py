@@ -32,7 +32,10 @@ REGISTER_LIMITS = {
     r"channels_first_distance<(float|__half|__nv_bfloat16), true>": 64,
     r"channels_first_backward<\w+, \w+, \w+>": 128,
 }
-OPERATORS = ["distance", "distance_backward", "distance_map", "distance_map_backward"]
+OPERATORS = [
+    *("distance", "distance_backward", "distance_map", "distance_map_backward"),
+    *("bias_relu_", "scale_images", "max_pool2d", "max_pool2d_backward"),
+]
 
 
 def cuda_home() -> Path | None:
@@ -101,7 +104,7 @@ def parse_report(text: str) -> list[KernelReport]:
 def short_name(demangled: str) -> str:
     """``channels_last_backward<float, true, false>`` out of the full signature."""
     name = demangled.replace("lpips_fast::cuda::", "").removeprefix("void ")
-    name = re.sub(r"\(LayerTasks\)|\(MeanTasks\)|\(WeightTasks\)", "", name)
+    name = re.sub(r"\(\w+Tasks?\)$", "", name)
     return re.sub(r"\(bool\)([01])", lambda m: "true" if m[1] == "1" else "false", name)
 
 
@@ -159,7 +162,14 @@ def run(command: list[str]) -> str:
     return output
 
 
-def compile_kernels(home: Path, architectures: list[str], jobs: int, target: Path) -> str:
+def sources() -> list[Path]:
+    """The files that are compiled; what they include goes with them."""
+    return sorted((REPOSITORY / "csrc" / "cuda").glob("*.cu"))
+
+
+def compile_kernels(
+    home: Path, architectures: list[str], jobs: int, source: Path, target: Path
+) -> str:
     from torch.utils.cpp_extension import include_paths
 
     gencode = [f"-gencode=arch=compute_{a},code=sm_{a}" for a in architectures]
@@ -172,21 +182,21 @@ def compile_kernels(home: Path, architectures: list[str], jobs: int, target: Pat
             f"--threads={jobs}",
             *gencode,
             *[f"-isystem={path}" for path in include_paths()],
-            "csrc/cuda/distance_cuda.cu",
+            str(source),
             "-o",
             str(target),
         ]
     )
 
 
-def link(home: Path, objects: Path, target: Path) -> None:
+def link(home: Path, objects: list[Path], target: Path) -> None:
     from torch.utils.cpp_extension import library_paths
 
     # The CUDA runtime is static, so that the library also loads where there is none.
     run(
         [
             str(home / "bin" / "nvcc"),
-            *["-shared", str(objects), "-o", str(target), "-cudart=static"],
+            *["-shared", *map(str, objects), "-o", str(target), "-cudart=static"],
             *[f"-L{path}" for path in library_paths()],
             *["-Xlinker=--no-as-needed", "-ltorch", "-ltorch_cpu", "-lc10"],
         ]
@@ -235,11 +245,15 @@ def main() -> None:
         sys.exit(SKIPPED)
 
     with tempfile.TemporaryDirectory() as folder:
-        objects, library = Path(folder, "distance_cuda.o"), Path(folder, "_cuda.so")
-        schemas = Path(folder, "_schemas.so")
+        library, schemas = Path(folder, "_cuda.so"), Path(folder, "_schemas.so")
         start = time.monotonic()
-        report = compile_kernels(home, options.arch or ARCHITECTURES, options.jobs, objects)
-        reports = parse_report(report)
+        objects, reports = [], []
+        for source in sources():
+            objects.append(Path(folder, source.stem + ".o"))
+            report = compile_kernels(
+                home, options.arch or ARCHITECTURES, options.jobs, source, objects[-1]
+            )
+            reports += parse_report(report)
         print(table(reports))
         print(f"compiled in {time.monotonic() - start:.0f} s by {home}/bin/nvcc")
         if not reports:

@@ -81,6 +81,22 @@ for dtype, order in itertools.product(dtypes, orders):
             leaves = [x.detach().requires_grad_() for x in (a, b)]
             functional.distance(leaves[:1], leaves[1:], [weights]).sum().backward()
             functional.distance_map(leaves[:1], leaves[1:], [weights])[0].sum().backward()
+
+operators = torch.ops.lpips_fast
+shift, scale = torch.zeros(3, device="cuda"), torch.ones(3, device="cuda")
+for dtype, order, result in itertools.product(dtypes, orders, dtypes):
+    for shape in ((2, 3, 8, 16), (1, 3, 5, 7)):
+        image = torch.randn(shape, device="cuda", dtype=dtype).contiguous(memory_format=order)
+        operators.scale_images([image], shift, scale, True, result)
+        operators.scale_images([image[:, :, 1:, 1:]] * 2, shift, scale, False, result)
+for dtype, channels, (kernel, ceil_mode) in itertools.product(
+    dtypes, (64, 33), ((2, False), (3, True), (4, False))
+):
+    x = torch.randn(2, channels, 13, 11, device="cuda", dtype=dtype)
+    x = x.contiguous(memory_format=torch.channels_last).requires_grad_()
+    y = operators.max_pool2d(x, kernel, 2, ceil_mode)
+    y.sum().backward()
+    operators.bias_relu_(x.detach(), torch.zeros(channels, device="cuda", dtype=dtype))
 torch.cuda.synchronize()
 print("every kernel ran")
 PYTHON_CODE

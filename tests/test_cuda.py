@@ -1,7 +1,8 @@
 """The CUDA kernels on a GPU, against the composed formula in float64 and against torch's machinery.
 
-tests/test_cuda_emulation.py runs the same kernels on the CPU; here is what needs the device: the
-real compiler and memory, streams, graphs, devices, compilation, 64-bit sizes, launches.
+tests/test_cuda_emulation.py and tests/test_cuda_trunk_emulation.py run the same kernels on the CPU;
+here is what needs the device: the real compiler and memory, streams, graphs, devices, compilation,
+64-bit sizes, launches, and cuDNN.
 """
 
 from __future__ import annotations
@@ -13,10 +14,13 @@ from collections.abc import Iterator, Sequence
 
 import pytest
 import torch
-from torch import Tensor
+import torch.nn.functional as F
+from parity import image_pair, trunk_weights
+from torch import Tensor, nn
 
 import lpips_fast
-from lpips_fast import composed, functional, ops
+from lpips_fast import composed, cuda_convolution, functional, ops
+from lpips_fast.convolution import conv_relu
 
 pytestmark = pytest.mark.cuda
 
@@ -625,3 +629,422 @@ def test_whole_module_agrees_with_the_cpu(net):
         expected = model(x, y)
         result = model.to(DEVICE)(x.to(DEVICE), y.to(DEVICE))
     assert relative_error(result.cpu(), expected.double()) < 1e-3
+
+
+# --------------------------------------------------------------------------------- the trunk
+
+
+def images_of(shape: Sequence[int], dtype: torch.dtype, order, generator) -> Tensor:
+    x = torch.randn(shape, generator=generator, device=DEVICE)
+    return x.to(dtype).contiguous(memory_format=order)
+
+
+def shift_and_scale() -> list[Tensor]:
+    layer = lpips_fast.ScalingLayer().to(DEVICE)
+    return [layer.shift, layer.scale]
+
+
+def scaled(batches: Sequence[Tensor], unit_range: bool, dtype: torch.dtype) -> Tensor:
+    """The formula in torch's own operators, in the accumulator's dtype."""
+    parts = []
+    for images in batches:
+        x = images.to(composed.accumulator_dtype(images.dtype))
+        x = 2 * x - 1 if unit_range else x
+        shift, scale = (t.to(x.dtype) for t in shift_and_scale())
+        parts.append(((x - shift) / scale).to(dtype))
+    return torch.cat(parts)
+
+
+def biased_relu(y: Tensor, bias: Tensor) -> Tensor:
+    return (y + bias.view(1, -1, 1, 1)).relu()
+
+
+class TestTrunkOperators:
+    @pytest.mark.parametrize("order", ORDERS, ids=ORDER_NAMES)
+    @pytest.mark.parametrize("result", DTYPES, ids=str)
+    @pytest.mark.parametrize("dtype", DTYPES, ids=str)
+    def test_scale_images(self, poisoned, generator, dtype, result, order):
+        for shape in ((2, 3, 64, 64), (1, 3, 33, 47), (3, 3, 1, 5), (1, 3, 300, 1), (0, 3, 8, 8)):
+            images = images_of(shape, dtype, order, generator)
+            crop = images[:, :, shape[2] // 2 :, shape[3] // 3 :]
+            for batches in ([images], [images, images.float(), images], [crop], [images.flip(1)]):
+                for unit_range in (False, True):
+                    got = torch.ops.lpips_fast.scale_images(
+                        batches, *shift_and_scale(), unit_range, result
+                    )
+                    assert got.is_contiguous(memory_format=CHANNELS_LAST)
+                    assert torch.equal(got, scaled(batches, unit_range, result))
+
+    @pytest.mark.parametrize("dtype", DTYPES, ids=str)
+    @pytest.mark.parametrize("channels", [1, 3, 8, 33, 64, 192, 512])
+    def test_bias_relu(self, generator, dtype, channels):
+        bias = images_of((channels, 1, 1, 1), dtype, CHANNELS_FIRST, generator).flatten()
+        for shape in ((2, channels, 13, 11), (1, channels, 1, 1), (0, channels, 3, 3)):
+            y = images_of(shape, dtype, CHANNELS_LAST, generator)
+            expected = biased_relu(y, bias)
+            torch.ops.lpips_fast.bias_relu_(y, bias)
+            assert torch.equal(y, expected)
+
+    def test_bias_relu_lets_nan_and_infinity_through(self, generator):
+        y = images_of((1, 16, 5, 5), torch.float32, CHANNELS_LAST, generator)
+        y[0, 3, 2, 2], y[0, 4, 1, 1] = torch.nan, torch.inf
+        torch.ops.lpips_fast.bias_relu_(y, torch.zeros(16, device=DEVICE))
+        assert bool(y[0, 3, 2, 2].isnan()) and bool(y[0, 4, 1, 1].isinf())
+
+    @pytest.mark.parametrize("ties", [False, True])
+    @pytest.mark.parametrize("dtype", DTYPES, ids=str)
+    @pytest.mark.parametrize("window", [(3, 2, False), (3, 2, True), (2, 2, False), (4, 1, False)])
+    def test_max_pool(self, poisoned, generator, window, dtype, ties):
+        kernel, stride, ceil_mode = window
+        for shape in ((2, 64, 31, 33), (1, 33, 12, 13), (3, 8, 5, 300), (0, 8, 9, 9)):
+            x = images_of(shape, dtype, CHANNELS_LAST, generator)
+            x = ((x * 2).round() if ties else x).requires_grad_()
+            y = torch.ops.lpips_fast.max_pool2d(x, *window)
+            assert y.is_contiguous(memory_format=CHANNELS_LAST)
+            assert torch.equal(y, F.max_pool2d(x, kernel, stride, ceil_mode=ceil_mode))
+            grad = images_of(y.shape, dtype, CHANNELS_LAST, generator)
+            (got,) = torch.autograd.grad(y, x, grad, retain_graph=True)
+            exact = x.detach().cpu().double().requires_grad_()
+            pooled = F.max_pool2d(exact, kernel, stride, ceil_mode=ceil_mode)
+            (expected,) = torch.autograd.grad(pooled, exact, grad.cpu().double())
+            assert relative_error(got.cpu(), expected) <= 4 * torch.finfo(dtype).eps
+            assert torch.equal(torch.autograd.grad(y, x, grad)[0], got)
+
+    def test_agree_with_the_cpu_kernels(self, generator):
+        images = images_of((2, 3, 41, 43), torch.float32, CHANNELS_FIRST, generator)
+        arguments = ([images, images], *shift_and_scale())
+        on_cpu = ([images.cpu()] * 2, *(t.cpu() for t in shift_and_scale()))
+        rest = (True, torch.float32)
+        assert torch.equal(
+            torch.ops.lpips_fast.scale_images(*arguments, *rest).cpu(),
+            torch.ops.lpips_fast.scale_images(*on_cpu, *rest),
+        )
+        x = images_of((2, 64, 31, 33), torch.float32, CHANNELS_LAST, generator).relu()
+        y = torch.ops.lpips_fast.max_pool2d(x, 3, 2, True)
+        assert torch.equal(y.cpu(), torch.ops.lpips_fast.max_pool2d(x.cpu(), 3, 2, True))
+        grad = torch.randn_like(y)
+        backward = torch.ops.lpips_fast.max_pool2d_backward
+        expected = backward(grad.cpu(), x.cpu(), y.cpu(), 3, 2)
+        assert torch.equal(backward(grad, x, y, 3, 2).cpu(), expected)
+
+    def test_derivatives(self, generator):
+        x = images_of((2, 3, 7, 8), torch.float64, CHANNELS_LAST, generator).requires_grad_()
+
+        def pool(x: Tensor) -> Tensor:
+            return torch.ops.lpips_fast.max_pool2d(x, 3, 2, True)
+
+        def scale(x: Tensor) -> Tensor:
+            return torch.ops.lpips_fast.scale_images(
+                [x], *(t.double() for t in shift_and_scale()), True, torch.float64
+            )
+
+        for function in (pool, scale):
+            assert torch.autograd.gradcheck(function, x)
+            assert torch.autograd.gradgradcheck(function, x)
+
+    def test_opcheck(self, generator):
+        operators = torch.ops.lpips_fast
+        x = images_of((2, 5, 9, 8), torch.float32, CHANNELS_LAST, generator).requires_grad_()
+        torch.library.opcheck(operators.max_pool2d.default, (x, 3, 2, True))
+        y = operators.max_pool2d(x, 3, 2, True).detach()
+        grad = torch.randn_like(y)
+        torch.library.opcheck(operators.max_pool2d_backward.default, (grad, x, y, 3, 2))
+        images = [images_of((2, 3, 9, 8), torch.float32, o, generator) for o in ORDERS]
+        images[0].requires_grad_()
+        arguments = (images, *shift_and_scale(), True, torch.float32)
+        torch.library.opcheck(operators.scale_images.default, arguments)
+        bias = torch.randn(5, device=DEVICE)
+        torch.library.opcheck(operators.bias_relu_.default, (x.detach().clone(), bias))
+
+    def test_refusals_are_sentences(self, generator):
+        y = images_of((2, 8, 5, 5), torch.float32, CHANNELS_FIRST, generator)
+        with pytest.raises(RuntimeError, match="dense channels-last"):
+            torch.ops.lpips_fast.bias_relu_(y, y[0, :, 0, 0])
+        y = y.contiguous(memory_format=CHANNELS_LAST)
+        with pytest.raises(RuntimeError, match="one per channel"):
+            torch.ops.lpips_fast.bias_relu_(y, torch.zeros(7, device=DEVICE))
+        with pytest.raises(RuntimeError, match="on one device"):
+            shift, scale = shift_and_scale()
+            arguments = ([y[:, :3]], shift.cpu(), scale, False, torch.float32)
+            torch.ops.lpips_fast.scale_images(*arguments)
+        with pytest.raises(RuntimeError, match="smaller than the pooling window"):
+            torch.ops.lpips_fast.max_pool2d(y[:, :, :2], 3, 2, False)
+
+    def test_current_stream(self, generator):
+        """The inputs are filled late, on a stream of their own; the kernels must come after."""
+        x = images_of((2, 64, 33, 31), torch.float32, CHANNELS_LAST, generator)
+        bias = torch.randn(64, generator=generator, device=DEVICE)
+
+        def run(x: Tensor) -> list[Tensor]:
+            pooled = torch.ops.lpips_fast.max_pool2d(x, 3, 2, False)
+            grad = torch.ops.lpips_fast.max_pool2d_backward(pooled, x, pooled, 3, 2)
+            image = torch.ops.lpips_fast.scale_images(
+                [x[:, :3]], *shift_and_scale(), False, torch.float16
+            )
+            clipped = x.clone()
+            torch.ops.lpips_fast.bias_relu_(clipped, bias)
+            return [pooled, grad, image, clipped]
+
+        expected = run(x)
+        late = torch.zeros_like(x)
+        torch.cuda.synchronize()
+        stream = torch.cuda.Stream()
+        with torch.cuda.stream(stream):
+            torch.cuda._sleep(50_000_000)
+            late.copy_(x)
+            results = run(late)
+        stream.synchronize()
+        for result, wanted in zip(results, expected):
+            assert torch.equal(result, wanted)
+
+    def test_second_device(self, generator):
+        if torch.cuda.device_count() < 2:
+            pytest.skip("one GPU only")
+        x = images_of((2, 16, 9, 9), torch.float32, CHANNELS_LAST, generator)
+        there = x.to("cuda:1")
+        with torch.cuda.device(0):
+            pooled = torch.ops.lpips_fast.max_pool2d(there, 3, 2, False)
+            assert pooled.device == there.device
+            torch.ops.lpips_fast.bias_relu_(there, torch.zeros(16, device="cuda:1"))
+            assert torch.cuda.current_device() == 0
+        assert torch.equal(pooled.cpu(), F.max_pool2d(x, 3, 2).cpu())
+        assert torch.equal(there.cpu(), x.relu().cpu())
+
+    def test_more_than_2_31_elements(self):
+        """The end of the images must be read and written right."""
+        shape = (1, 64, 5800, 5800)
+        needed = 5 * shape[1] * shape[2] * shape[3] + (2 << 30)
+        free, _ = torch.cuda.mem_get_info()
+        if free < needed:
+            pytest.skip(f"needs {needed >> 30} GiB of free GPU memory, there are {free >> 30}")
+        x = torch.empty(shape, dtype=torch.float16, device=DEVICE, memory_format=CHANNELS_LAST)
+        x.normal_()
+        y = torch.ops.lpips_fast.max_pool2d(x, 2, 2, False)
+        grad_x = torch.ops.lpips_fast.max_pool2d_backward(y, x, y, 2, 2)
+        for rows in (slice(0, 4), slice(5796, 5800)):
+            leaf = x[:, :, rows].float().requires_grad_()
+            expected = F.max_pool2d(leaf, 2)
+            got = y[:, :, rows.start // 2 : rows.stop // 2].float()
+            assert torch.equal(got, expected)
+            (reference,) = torch.autograd.grad(expected, leaf, got)
+            assert torch.equal(grad_x[:, :, rows].float(), reference)
+        corner = x[:, :, -2:].clone()
+        bias = torch.randn(64, device=DEVICE, dtype=torch.float16)
+        torch.ops.lpips_fast.bias_relu_(x, bias)
+        assert torch.equal(x[:, :, -2:], biased_relu(corner, bias))
+
+
+@contextlib.contextmanager
+def torchs_own_trunk() -> Iterator[None]:
+    """As with LPIPS_FAST_CUDA_TRUNK=0 in the environment."""
+    ops._CUDA_TRUNK, before = False, ops._CUDA_TRUNK
+    try:
+        yield
+    finally:
+        ops._CUDA_TRUNK = before
+
+
+@pytest.fixture
+def exact_convolutions() -> Iterator[None]:
+    with torch.backends.cudnn.flags(enabled=True, allow_tf32=False):
+        yield
+
+
+CONVOLUTIONS = [
+    {"in_channels": 3, "out_channels": 64, "kernel_size": 11, "stride": 4, "padding": 2},
+    {"in_channels": 3, "out_channels": 64, "kernel_size": 3, "stride": 2},
+    {"in_channels": 64, "out_channels": 192, "kernel_size": 5, "padding": 2},
+    {"in_channels": 64, "out_channels": 64, "kernel_size": 3, "padding": 1},
+    {"in_channels": 64, "out_channels": 16, "kernel_size": 1},
+    {"in_channels": 33, "out_channels": 65, "kernel_size": 3, "padding": 1},
+]
+
+
+@pytest.mark.parametrize("fused", [True, False], ids=["cuDNN's", "two passes"])
+@pytest.mark.parametrize("options", CONVOLUTIONS, ids=str)
+class TestConvolution:
+    @pytest.fixture(autouse=True)
+    def way(self, fused, exact_convolutions) -> Iterator[None]:
+        with torch.backends.cudnn.flags(enabled=True, allow_tf32=False, deterministic=not fused):
+            yield
+
+    def conv_and_image(self, options, dtype, generator) -> tuple[nn.Conv2d, Tensor]:
+        conv = nn.Conv2d(**options).requires_grad_(False).to(DEVICE, dtype)
+        conv = conv.to(memory_format=CHANNELS_LAST)  # type: ignore[call-overload]
+        shape = (2, conv.in_channels, 37, 41)
+        return conv, images_of(shape, dtype, CHANNELS_LAST, generator)
+
+    @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16], ids=str)
+    def test_value_and_image_gradient(self, generator, options, dtype, fused):
+        conv, x = self.conv_and_image(options, dtype, generator)
+        assert cuda_convolution.conv_relu(conv, x) is not None
+        x.requires_grad_()
+        for keep_nan in (False, True):
+            y = conv_relu(conv, x, keep_nan)
+            assert y.is_contiguous(memory_format=CHANNELS_LAST) and y.dtype == dtype
+            x64, conv64 = x.detach().double().requires_grad_(), nn.Conv2d(**options)
+            conv64.load_state_dict(conv.state_dict())
+            y64 = conv64.requires_grad_(False).to(DEVICE).double()(x64)
+            bound = {torch.float32: 1e-5, torch.float16: 2e-3, torch.bfloat16: 1e-2}[dtype]
+            assert relative_error(y, y64.relu()) < bound
+            grad = torch.randn_like(y)
+            (got,) = torch.autograd.grad(y, x, grad)
+            (expected,) = torch.autograd.grad(y64, x64, grad.double() * (y > 0))
+            assert relative_error(got, expected) < bound
+        print("without a fused engine:", cuda_convolution.WITHOUT_ENGINE or "none")
+
+    def test_autocast(self, generator, options, fused):
+        conv, x = self.conv_and_image(options, torch.float32, generator)
+        x.requires_grad_()
+        with torch.autocast("cuda", torch.float16):
+            y, expected = conv_relu(conv, x), conv(x).relu()
+            assert y.dtype == expected.dtype
+        assert relative_error(y, expected.double()) < 2e-3
+        (got,) = torch.autograd.grad(y.float().square().sum(), x)
+        (reference,) = torch.autograd.grad(expected.float().square().sum(), x)
+        assert got.dtype == torch.float32
+        assert relative_error(got, reference.double()) < 1e-2
+
+    def test_second_derivative(self, generator, options, fused):
+        conv, x = self.conv_and_image(options, torch.float32, generator)
+        x.requires_grad_()
+        results = []
+        for function in (conv_relu, lambda conv, x: conv(x).relu()):
+            (grad,) = torch.autograd.grad(function(conv, x).square().sum(), x, create_graph=True)
+            results.append(torch.autograd.grad(grad.square().sum(), x)[0])
+        # A value within rounding of 0 may fall on either side of the mask.
+        assert relative_error(results[0], results[1].double()) < 1e-2
+
+
+def trunk_model(net: str, **options) -> lpips_fast.LPIPS:
+    model = lpips_fast.LPIPS(net=net, weights=trunk_weights(net), verbose=False, **options)
+    return model.to(DEVICE)
+
+
+def value_and_gradient(model: lpips_fast.LPIPS, seed: int, **call) -> tuple[Tensor, Tensor]:
+    in0, in1 = (x.to(DEVICE) for x in image_pair(2, 67, 83, torch.float32, seed))
+    in0.requires_grad_()
+    value = model(in0, in1, **call)
+    # Scaled, so that float16 gradients stay above its smallest numbers.
+    return value, torch.autograd.grad(1000 * value.sum(), in0)[0]
+
+
+@pytest.mark.parametrize("net", ["alex", "vgg", "squeeze"])
+class TestWholeTrunk:
+    @pytest.mark.parametrize("normalize", [False, True])
+    @pytest.mark.parametrize("dtype", [None, torch.float16, torch.bfloat16], ids=str)
+    def test_as_by_torchs_own_operators(self, exact_convolutions, net, dtype, normalize):
+        model = trunk_model(net, dtype=dtype)
+        value, grad = value_and_gradient(model, 0, normalize=normalize)
+        with torchs_own_trunk():
+            expected, expected_grad = value_and_gradient(model, 0, normalize=normalize)
+        bound, gradient_bound = {
+            None: (1e-5, 2e-4),
+            torch.float16: (1e-2, 0.1),
+            torch.bfloat16: (5e-2, 0.5),
+        }[dtype]
+        assert relative_error(value, expected.double()) < bound
+        assert relative_error(grad, expected_grad.double()) < gradient_bound
+        with torch.no_grad():
+            in0, in1 = (x.to(DEVICE) for x in image_pair(2, 67, 83, torch.float32, 0))
+            again = model(in0, in1, normalize=normalize)
+        assert relative_error(again, expected.double()) < bound
+
+    def test_autocast(self, net):
+        model = trunk_model(net)
+        with torch.autocast("cuda", torch.float16):
+            value, grad = value_and_gradient(model, 0)
+            with torchs_own_trunk():
+                expected, expected_grad = value_and_gradient(model, 0)
+        assert value.dtype == expected.dtype == torch.float32
+        assert grad.dtype == expected_grad.dtype
+        assert relative_error(value, expected.double()) < 1e-2
+
+    def test_learning_weights(self, exact_convolutions, net):
+        model = trunk_model(net, pnet_tune=True)
+        in0, in1 = (x.to(DEVICE) for x in image_pair(1, 67, 83, torch.float32, 0))
+        weights = [p for p in model.net.parameters() if p.requires_grad]
+        got = torch.autograd.grad(model(in0, in1).sum(), weights)
+        with torchs_own_trunk():
+            expected = torch.autograd.grad(model(in0, in1).sum(), weights)
+        assert all(relative_error(g, e.double()) < 1e-3 for g, e in zip(got, expected))
+
+    def test_deterministic_algorithms(self, net):
+        model = trunk_model(net)
+        before = torch.are_deterministic_algorithms_enabled()
+        torch.use_deterministic_algorithms(True)
+        try:
+            first, second = (value_and_gradient(model, 0) for _ in range(2))
+        finally:
+            torch.use_deterministic_algorithms(before)
+        assert torch.equal(first[0], second[0]) and torch.equal(first[1], second[1])
+
+    def test_nan_in_an_image_reaches_the_distance(self, net):
+        model = trunk_model(net)
+        in0, in1 = (x.to(DEVICE) for x in image_pair(2, 67, 83, torch.float32, 0))
+        in0[1, 1, 30, 30] = torch.nan
+        with torch.no_grad():
+            value = model(in0, in1).flatten()
+        assert bool(value[0].isfinite()) and bool(value[1].isnan())
+
+    def test_no_host_synchronisation(self, net, forbid_synchronisation):
+        model = trunk_model(net)
+        in0, in1 = (x.to(DEVICE) for x in image_pair(2, 67, 83, torch.float32, 0))
+        in0.requires_grad_()
+        model(in0, in1).sum().backward()  # finds engines, loads modules
+        with forbid_synchronisation:
+            model(in0, in1).sum().backward()
+        assert in0.grad is not None and bool(in0.grad.isfinite().all())
+
+    def test_graph_capture(self, exact_convolutions, net):
+        """Capture once, replay with other images in the same memory."""
+        model = trunk_model(net)
+        pairs = [
+            [x.to(DEVICE) for x in image_pair(1, 67, 83, torch.float32, seed)] for seed in (0, 1)
+        ]
+        in0, in1 = (x.clone() for x in pairs[0])
+        in0.requires_grad_()
+
+        def step() -> tuple[Tensor, Tensor]:
+            value = model(in0, in1)
+            return value, torch.autograd.grad(value.sum(), in0)[0]
+
+        side = torch.cuda.Stream()
+        side.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(side):
+            for _ in range(2):
+                step()
+        torch.cuda.current_stream().wait_stream(side)
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            captured = step()
+        for pair in reversed(pairs):
+            with torch.no_grad():
+                in0.copy_(pair[0])
+                in1.copy_(pair[1])
+            graph.replay()
+            for got, expected in zip(captured, step()):
+                assert relative_error(got, expected.double()) < 1e-4
+
+
+def test_max_pool_keeps_no_indices(generator):
+    x = images_of((4, 64, 64, 64), torch.float32, CHANNELS_LAST, generator).requires_grad_()
+    torch.ops.lpips_fast.max_pool2d(x, 2, 2, False)
+    torch.cuda.synchronize()
+    before = torch.cuda.memory_allocated()
+    y = torch.ops.lpips_fast.max_pool2d(x, 2, 2, False)
+    assert torch.cuda.memory_allocated() - before < 1.1 * y.numel() * y.element_size()
+
+
+def test_launches_of_scaling_and_of_two_passes(generator):
+    images = [images_of((2, 3, 64, 64), torch.float32, CHANNELS_FIRST, generator)] * 2
+    shift, scale = shift_and_scale()
+    scaling = kernels_of(
+        lambda: torch.ops.lpips_fast.scale_images(images, shift, scale, True, torch.float16)
+    )
+    if not scaling:
+        pytest.skip("the profiler sees no kernels on this machine")
+    assert len(scaling) == 2, scaling  # one a batch
+    y = images_of((2, 64, 16, 16), torch.float32, CHANNELS_LAST, generator)
+    bias = torch.zeros(64, device=DEVICE)
+    assert len(kernels_of(lambda: torch.ops.lpips_fast.bias_relu_(y, bias))) == 1

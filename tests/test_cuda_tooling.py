@@ -104,6 +104,16 @@ def fake_results() -> dict[str, Any]:
         "command": "python benchmarks/bench_cuda_kernels.py",
         "copy_bandwidth": 4.3e12,
         "whole": {"seconds": 9.25e-6, "launches": 1},
+        "trunk": [
+            {
+                **{"name": "max-pooling", "dtype": "float16", "seconds": 50e-6},
+                **{"share_of_copy": 0.75, "times_torch": 1.5},
+            },
+            {
+                **{"name": "convolution", "dtype": "float16", "seconds": 500e-6},
+                **{"share_of_copy": None, "times_torch": 1.25},
+            },
+        ],
         "cases": [
             case(),
             case(layer="relu2_2", share_of_copy=0.84),
@@ -161,11 +171,14 @@ class TestKernelBenchmark:
         assert "1 of 2 | 84% to 89%" in goals[0]
         assert "| yes | 9.5× to 9.5× |" in goals[1]
         assert "| yes | 1 |" in goals[-2] and "9.2 µs" in goals[-1]
+        assert "| max-pooling | float16 | 50.0 | 75% | 1.5 |" in page
+        assert "| convolution | float16 | 500.0 |  | 1.2 |" in page
 
     def test_page_of_a_run_that_measured_little(self, bench):
         results = copy.deepcopy(fake_results())
         results["cases"] = [case(net="alex", pixels=64, batch=1, times_eager=None)]
         results["whole"]["launches"] = None
+        results["trunk"] = []
         page = bench.kernel_report.markdown(results)
         assert page.count("not measured |") >= 5
         assert "the profiler saw no kernels" in page

@@ -5,13 +5,9 @@
 #include <torch/headeronly/util/BFloat16.h>
 #include <torch/headeronly/util/Half.h>
 
-namespace lpips_fast {
+#include "../feature_dtype.h"
 
-inline bool is_feature_dtype(torch::headeronly::ScalarType dtype) {
-  using torch::headeronly::ScalarType;
-  return dtype == ScalarType::Float || dtype == ScalarType::Double || dtype == ScalarType::Half ||
-         dtype == ScalarType::BFloat16;
-}
+namespace lpips_fast {
 
 // Calls body(feature_t{}); the caller has refused all other dtypes.
 template <typename Body>

@@ -6,9 +6,9 @@
 #include <algorithm>
 #include <vector>
 
-#include "../stable_abi.h"
-#include "channels_last_tensors.h"
+#include "../scale_images.h"
 #include "dispatch.h"
+#include "large_pages.h"
 
 namespace lpips_fast {
 namespace {
@@ -17,7 +17,7 @@ using torch::headeronly::ScalarType;
 using torch::stable::parallel_for;
 using torch::stable::Tensor;
 
-constexpr int64_t kChannels = 3;
+constexpr int64_t kChannels = kImageChannels;
 constexpr int64_t kBuffer = 256;            // pixels
 constexpr int64_t kRowsOfWork = 16 * 1024;  // pixels per task
 
@@ -79,24 +79,12 @@ void scale_batch(const Tensor& images, const double* shift, const double* scale,
 
 Tensor scale_images(std::vector<Tensor> images, Tensor shift, Tensor scale, bool unit_range,
                     ScalarType dtype) {
-  STD_TORCH_CHECK(!images.empty(), "expected at least one batch of images");
-  STD_TORCH_CHECK(shift.numel() == kChannels && scale.numel() == kChannels,
-                  "expected a shift and a scale for each of 3 channels");
-  STD_TORCH_CHECK(is_feature_dtype(dtype), "the result must be a floating dtype");
-  int64_t batch = 0;
-  for (const Tensor& image : images) {
-    STD_TORCH_CHECK(image.dim() == 4 && image.size(1) == kChannels &&
-                        image.size(2) == images[0].size(2) && image.size(3) == images[0].size(3),
-                    "expected batches of images (N, 3, H, W) of one size");
-    STD_TORCH_CHECK(is_feature_dtype(image.scalar_type()), "images must be of a floating dtype");
-    batch += image.size(0);
-  }
+  check_images(images, shift, scale, dtype);
   const auto as_double = [](const Tensor& t) {
     return torch::stable::contiguous(torch::stable::to(t, ScalarType::Double));
   };
   const Tensor shifts = as_double(shift), scales = as_double(scale);
-  const int64_t height = images[0].size(2), width = images[0].size(3);
-  const Tensor out = empty_images(batch, kChannels, height, width, dtype);
+  const Tensor out = on_large_pages(empty_scaled_batch(images, dtype));
   dispatch_feature_dtype(dtype, [&](auto result) {
     using out_t = decltype(result);
     auto* to = static_cast<out_t*>(out.mutable_data_ptr());

@@ -1,35 +1,15 @@
-// The CUDA implementation of the operator, torch's side: outputs, workspace, the current stream and
-// device. Stable ABI only, so that one build serves every torch from 2.10 on, and so that it
-// compiles, links and loads without a GPU and with a torch built without CUDA.
-#include <cuda_runtime.h>
-
+// The CUDA implementation of the distance, torch's side: outputs, workspace, launches.
 #include <array>
 #include <atomic>
 
 #include "../lpips_distance.h"
 #include "distance_kernels.cuh"
-
-// Only a torch built with CUDA has this function; weak, so that the library loads in any.
-extern "C" __attribute__((weak)) AOTITorchError
-aoti_torch_get_current_cuda_stream(int32_t device_index, void** ret_stream);
+#include "torch_side.h"
 
 namespace lpips_fast::cuda {
 namespace {
 
 using torch::stable::accelerator::DeviceGuard;
-
-void check(cudaError_t error) {
-  STD_TORCH_CHECK(error == cudaSuccess, "lpips_fast: CUDA error: ", cudaGetErrorString(error));
-}
-
-cudaStream_t current_stream(int32_t device) {
-  STD_TORCH_CHECK(aoti_torch_get_current_cuda_stream != nullptr,
-                  "lpips_fast: this torch is built without CUDA");
-  void* stream = nullptr;
-  STD_TORCH_CHECK(aoti_torch_get_current_cuda_stream(device, &stream) == TORCH_SUCCESS,
-                  "lpips_fast: torch has no current stream for CUDA device ", device);
-  return static_cast<cudaStream_t>(stream);
-}
 
 int multiprocessors(int32_t device) {
   static std::array<std::atomic<int>, 64> known{};
@@ -40,21 +20,6 @@ int multiprocessors(int32_t device) {
     if (in_table) known[device].store(count, std::memory_order_relaxed);
   }
   return count;
-}
-
-// Calls body(feature_t{}) for the dtype; check_layers has refused all others.
-template <typename Body>
-void dispatch_feature_dtype(ScalarType dtype, const Body& body) {
-  switch (dtype) {
-    case ScalarType::Double:
-      return body(double{});
-    case ScalarType::Half:
-      return body(__half{});
-    case ScalarType::BFloat16:
-      return body(__nv_bfloat16{});
-    default:
-      return body(float{});
-  }
 }
 
 Tensor empty_accumulators(const std::vector<int64_t>& shape, const Tensor& feat) {

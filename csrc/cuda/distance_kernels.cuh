@@ -7,14 +7,9 @@
 
 #include "channels_first_kernels.cuh"
 #include "channels_last_kernels.cuh"
+#include "launch.cuh"
 #include "launch_plan.h"
 #include "partial_sum_kernels.cuh"
-
-// The tests' emulation puts its own launch here.
-#ifndef LPIPS_FAST_LAUNCH
-#define LPIPS_FAST_LAUNCH(kernel, blocks, threads, stream, tasks) \
-  kernel<<<blocks, threads, 0, stream>>>(tasks)
-#endif
 
 namespace lpips_fast::cuda {
 

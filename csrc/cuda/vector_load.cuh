@@ -38,6 +38,10 @@ __device__ __forceinline__ T from_accumulator(accumulator_t<T> x) {
   }
 }
 
+// How many of kSize neighbouring elements, a power of two, one load of at most 16 bytes takes.
+template <typename T, int kSize>
+constexpr int kElementsPerLoad = kSize * sizeof(T) >= 16 ? 16 / sizeof(T) : kSize;
+
 template <int kBytes>
 struct RawVector;
 template <>
@@ -68,6 +72,11 @@ struct alignas(sizeof(T) * kSize) Vector {
 
   __device__ __forceinline__ void load(const T* address, unsigned index = 0) {
     raw = __ldg(reinterpret_cast<const Raw*>(address) + index);
+  }
+
+  // From memory that the kernel writes too: not through the cache of what is only read.
+  __device__ __forceinline__ void load_written(const T* address) {
+    raw = *reinterpret_cast<const Raw*>(address);
   }
 
   __device__ __forceinline__ void clear() { raw = Raw{}; }
@@ -103,6 +112,22 @@ struct alignas(sizeof(T) * kSize) Vector {
     reinterpret_cast<Raw*>(address)[index] = packed;
   }
 };
+
+// kSize neighbouring elements, 16 bytes a load where there are as many. The address must be a
+// multiple of such a load.
+template <typename T, int kSize>
+__device__ __forceinline__ void load_elements(accumulator_t<T> (&values)[kSize], const T* address) {
+  constexpr int kStep = kElementsPerLoad<T, kSize>;
+#pragma unroll
+  for (int i = 0; i < kSize; i += kStep) {
+    Vector<T, kStep> vector;
+    vector.load(address, i / kStep);
+    accumulator_t<T> part[kStep];
+    vector.unpack(part);
+#pragma unroll
+    for (int j = 0; j < kStep; ++j) values[i + j] = part[j];
+  }
+}
 
 // The weights of a vector's channels, 16 bytes a load where there are as many.
 template <typename A, int kSize>

@@ -5,42 +5,20 @@
 #define LPIPS_FAST_LAUNCH(kernel, blocks, threads, stream, tasks) \
   (stream)->launch(blocks, threads, [=] { (kernel)(tasks); })
 
-#include <sys/mman.h>
-#include <unistd.h>
-
 #include <exception>
 #include <string>
 
 #include "../../csrc/cuda/distance_kernels.cuh"
+#include "guarded_memory.h"
 
 using namespace lpips_fast;
 using namespace lpips_fast::cuda;
 
 namespace {
 
+using emulation::guarded_map, emulation::guarded_unmap;
+
 std::string error;
-
-int64_t page() { return sysconf(_SC_PAGESIZE); }
-int64_t whole_pages(int64_t bytes) { return (bytes + page() - 1) / page() * page(); }
-
-// Between two pages that may not be touched, so that a step outside ends the program: flush with
-// the one behind it, or with `in_front` the one before it.
-char* guarded_map(int64_t bytes, bool in_front) {
-  const int64_t inner = whole_pages(std::max<int64_t>(bytes, 1));
-  char* base = static_cast<char*>(mmap(nullptr, inner + 2 * page(), PROT_READ | PROT_WRITE,
-                                       MAP_PRIVATE | MAP_ANONYMOUS, -1, 0));
-  if (base == MAP_FAILED) throw std::bad_alloc();
-  mprotect(base, page(), PROT_NONE);
-  mprotect(base + page() + inner, page(), PROT_NONE);
-  char* data = base + page() + (in_front ? 0 : inner - bytes);
-  std::memset(data, 0xff, bytes);  // NaN in every dtype
-  return data;
-}
-
-void guarded_unmap(char* data, int64_t bytes, bool in_front) {
-  const int64_t inner = whole_pages(std::max<int64_t>(bytes, 1));
-  munmap(data - page() - (in_front ? 0 : inner - bytes), inner + 2 * page());
-}
 
 template <typename T>
 int run(Operation operation, const std::vector<LayerWork>& works, double eps, int multiprocessors,
@@ -65,12 +43,6 @@ extern "C" {
 int64_t size_of_layer_work() { return sizeof(LayerWork); }
 
 const char* last_error() { return error.c_str(); }
-
-void* guarded_allocate(int64_t bytes, int in_front) { return guarded_map(bytes, in_front != 0); }
-
-void guarded_free(void* data, int64_t bytes, int in_front) {
-  guarded_unmap(static_cast<char*>(data), bytes, in_front != 0);
-}
 
 // Returns the number of launches, or -1 (see last_error).
 int run_distance(const char* dtype, int operation, const LayerWork* works, int count, double eps,

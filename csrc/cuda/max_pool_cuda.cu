@@ -1,0 +1,56 @@
+// Torch's side of max-pooling: checks, dispatch on the dtype, the current stream, registration.
+#include "../lpips_distance.h"
+#include "../max_pool.h"
+#include "max_pool_kernels.cuh"
+#include "torch_side.h"
+
+namespace lpips_fast::cuda {
+namespace {
+
+using torch::stable::accelerator::DeviceGuard;
+
+Tensor max_pool2d(Tensor x, int64_t kernel, int64_t stride, bool ceil_mode) {
+  check_pool(x, kernel, stride);
+  const int32_t device = x.get_device_index();
+  const DeviceGuard guard(device);
+  x = channels_last(x);
+  const Tensor y = empty_pooled(x, kernel, stride, ceil_mode);
+  dispatch_feature_dtype(x.scalar_type(), [&](auto feature) {
+    using T = decltype(feature);
+    launch_max_pool(static_cast<const T*>(x.const_data_ptr()),
+                    static_cast<T*>(y.mutable_data_ptr()), x.size(0),
+                    shape_of_pool(x, y, kernel, stride), current_stream(device));
+  });
+  check(cudaGetLastError());
+  return y;
+}
+
+Tensor max_pool2d_backward(Tensor grad, Tensor x, Tensor y, int64_t kernel, int64_t stride) {
+  check_pool(x, kernel, stride);
+  check_pool_gradient(grad, x, y);
+  STD_TORCH_CHECK(same_device(grad, x) && same_device(y, x),
+                  "gradient, image and pooled image must be on one device");
+  const int32_t device = x.get_device_index();
+  const DeviceGuard guard(device);
+  grad = channels_last(grad);
+  x = channels_last(x);
+  y = channels_last(y);
+  const Tensor grad_x = empty_channels_last(x, x.size(2), x.size(3));
+  dispatch_feature_dtype(x.scalar_type(), [&](auto feature) {
+    using T = decltype(feature);
+    launch_max_pool_backward(
+        static_cast<const T*>(grad.const_data_ptr()), static_cast<const T*>(x.const_data_ptr()),
+        static_cast<const T*>(y.const_data_ptr()), static_cast<T*>(grad_x.mutable_data_ptr()),
+        x.size(0), shape_of_pool(x, y, kernel, stride), current_stream(device));
+  });
+  check(cudaGetLastError());
+  return grad_x;
+}
+
+}  // namespace
+}  // namespace lpips_fast::cuda
+
+STABLE_TORCH_LIBRARY_IMPL(lpips_fast, CUDA, m) {
+  m.impl("max_pool2d", TORCH_BOX(&lpips_fast::cuda::max_pool2d));
+  m.impl("max_pool2d_backward", TORCH_BOX(&lpips_fast::cuda::max_pool2d_backward));
+}

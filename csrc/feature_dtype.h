@@ -1,0 +1,14 @@
+// The dtypes that images and features may have; kernels are compiled for each of them.
+#pragma once
+
+#include <torch/headeronly/core/ScalarType.h>
+
+namespace lpips_fast {
+
+inline bool is_feature_dtype(torch::headeronly::ScalarType dtype) {
+  using torch::headeronly::ScalarType;
+  return dtype == ScalarType::Float || dtype == ScalarType::Double || dtype == ScalarType::Half ||
+         dtype == ScalarType::BFloat16;
+}
+
+}  // namespace lpips_fast

@@ -1,0 +1,129 @@
+"""CUDA kernels on the CPU: what the tests of csrc/cuda through tests/emulation share."""
+
+from __future__ import annotations
+
+import ctypes
+import importlib.util
+import random
+import shutil
+import subprocess
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor
+
+REPOSITORY = Path(__file__).resolve().parents[1]
+CHANNELS_LAST, CHANNELS_FIRST = torch.channels_last, torch.contiguous_format
+DTYPES = [torch.float32, torch.float16, torch.bfloat16, torch.float64]
+THREAD_ORDERS = [0, 1, 2]  # ascending, descending, shuffled
+
+# Fresh inputs every run; a failing test prints the seed that it drew.
+SEEDS = random.Random()
+
+
+def fresh_seed() -> int:
+    seed = SEEDS.randrange(2**31)
+    print(f"seed {seed}")
+    return seed
+
+
+def cuda_headers() -> Path | None:
+    """The folder of cuda_fp16.h, in a toolkit or in NVIDIA's Python packages."""
+    path = REPOSITORY / "scripts" / "check_cuda_compile.py"
+    spec = importlib.util.spec_from_file_location("check_cuda_compile", path)
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[spec.name] = module  # where its dataclasses look themselves up
+    spec.loader.exec_module(module)
+    home = module.cuda_home()
+    return home / "include" if home is not None else None
+
+
+def build_library(source: str, folder: Path) -> Path:
+    """Compiles a file of tests/emulation, with the kernels that it includes; else skips."""
+    compiler, headers = shutil.which("g++"), cuda_headers()
+    if compiler is None:
+        pytest.skip("the CUDA emulation needs g++, and there is none")
+    if headers is None or not (headers / "cuda_fp16.h").exists():
+        pytest.skip("the CUDA emulation needs the toolkit's cuda_fp16.h, and no toolkit is here")
+    target = (folder / source).with_suffix(".so")
+    # No fortified longjmp: fibers switch by it. No fused multiply-add: see unit_vectors.cuh.
+    flags = "-O2 -std=c++20 -Wall -Wextra -Werror -Wno-unknown-pragmas -Wno-clobbered -fPIC -shared"
+    command = [compiler, *flags.split(), "-U_FORTIFY_SOURCE", "-ffp-contract=off"]
+    command += [
+        "-isystem",
+        str(headers),
+        str(REPOSITORY / "tests" / "emulation" / source),
+        "-o",
+        str(target),
+    ]
+    build = subprocess.run(command, capture_output=True, text=True)
+    assert build.returncode == 0, build.stderr
+    return target
+
+
+class EmulatedLibrary:
+    """A compiled file of tests/emulation, and memory whose neighbours may not be touched."""
+
+    def __init__(self, library: Path) -> None:
+        self.library = ctypes.CDLL(str(library))
+        self.library.last_error.restype = ctypes.c_char_p
+        self.library.guarded_allocate.restype = ctypes.c_void_p
+        self.library.guarded_allocate.argtypes = [ctypes.c_int64, ctypes.c_int]
+        self.library.guarded_free.argtypes = [ctypes.c_void_p, ctypes.c_int64, ctypes.c_int]
+        self.thread_order = 0
+        self.guarded: list[tuple[int, int, int]] = []
+
+    def empty(
+        self, shape: Sequence[int], dtype: torch.dtype, order=CHANNELS_FIRST, in_front=False
+    ) -> Tensor:
+        """A tensor full of NaN whose neighbouring memory may not be touched."""
+        model = torch.empty(shape, dtype=dtype, device="meta", memory_format=order)
+        size = model.numel() * model.element_size()
+        if size == 0:
+            return torch.empty(shape, dtype=dtype, memory_format=order)
+        address = self.library.guarded_allocate(size, in_front)
+        self.guarded.append((address, size, in_front))
+        memory = (ctypes.c_char * size).from_address(address)
+        flat = torch.frombuffer(memory, dtype=dtype)
+        return flat.as_strided(model.shape, model.stride())
+
+    def copy(self, tensor: Tensor, order=CHANNELS_FIRST, in_front=False) -> Tensor:
+        return self.empty(tensor.shape, tensor.dtype, order, in_front).copy_(tensor)
+
+    def release(self) -> None:
+        for block in self.guarded:
+            self.library.guarded_free(*block)
+        self.guarded.clear()
+
+
+def strided(emulator: EmulatedLibrary, feat: Tensor, order, kind: str) -> Tensor:
+    """A tensor equal to ``feat`` that lies among other memory (NaN) in the given way."""
+    n, c, h, w = feat.shape
+    if kind == "crop":
+        whole = emulator.empty((n, c, h + 3, w + 5), feat.dtype, order)
+        part = whole[:, :, 1 : h + 1, 3 : w + 3]
+    elif kind == "aligned crop":  # rows do not adjoin, and yet every load may be a vector
+        whole = emulator.empty((n, c, h + 8, w + 8), feat.dtype, order)
+        part = whole[:, :, 8:, 8:]
+    elif kind == "channels":  # a part of the channels
+        whole = emulator.empty((n, c + 9, h, w), feat.dtype, order)
+        part = whole[:, 5 : c + 5]
+    elif kind == "batch":  # every second image
+        part = emulator.empty((2 * n, c, h, w), feat.dtype, order)[1::2]
+    elif kind == "rows":  # every second row and column
+        whole = emulator.empty((n, c, 2 * h, 2 * w), feat.dtype, order)
+        part = whole[:, :, ::2, :: 2 if order == CHANNELS_LAST else 1][:, :, :, :w]
+    else:  # one element behind an aligned address
+        size = feat.element_size()
+        flat = emulator.empty((feat.numel() + 16 // size,), feat.dtype)
+        skew = 1 - flat.data_ptr() // size % (16 // size)
+        model = torch.empty(feat.shape, device="meta", memory_format=order)
+        part = flat.as_strided(feat.shape, model.stride(), skew % (16 // size))
+    return part.copy_(feat)
+
+
+STRIDED = ["crop", "aligned crop", "channels", "batch", "rows", "misaligned"]
