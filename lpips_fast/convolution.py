@@ -1,15 +1,17 @@
 """Convolution, bias and ReLU as one call, the fastest way there is.
 
-On the CPU there are two:
+On the CPU, for weights that are frozen:
 
-- oneDNN adds the bias and applies the ReLU while a result is in registers, and takes weights that
-  were reordered into its own blocked layout once instead of at every call: at small images the
-  reordering costs more than the convolution.
-- Winograd's algorithm, our own kernel, for the 3x3 and 5x5 convolutions of frozen float32
-  weights: it multiplies a quarter (3x3) or a third (5x5) as often as the direct sum. Its rounding
-  error is about 1e-6 of the result's norm, five times that of the direct sum, and its packed
-  weights take four times the memory of 3x3 weights. ``LPIPS_FAST_WINOGRAD=0`` in the environment
+- Winograd's algorithm (``csrc/cpu/winograd_kernels.h``) for 3x3 and 5x5 convolutions, and for
+  AlexNet's first, which is a 3x3 one over blocks of 4x4 positions: it multiplies a quarter to a
+  sixth as often as the direct sum. Its rounding error is 1e-6 to 3e-6 of the result's norm, that
+  of the direct sum 3e-7 to 5e-7, and packed weights take up to four times the memory. Images of
+  half precision are only read and written as such. ``LPIPS_FAST_WINOGRAD=0`` in the environment
   turns it off.
+- Our own direct sum (``csrc/cpu/direct_kernels.h``) for 3x3 convolutions of the images themselves.
+- oneDNN for the rest: it adds the bias and applies the ReLU while a result is in registers, and
+  takes weights that were reordered into its own blocked layout once instead of at every call: at
+  small images the reordering costs more than the convolution. Weights that learn go there too.
 
 On CUDA it is cuDNN's fused call (:mod:`lpips_fast.cuda_convolution`). Elsewhere, and while
 torch.compile traces (its own compiler fuses and packs), it is torch's convolution followed by an
@@ -29,9 +31,20 @@ from torch import Tensor, nn
 
 from . import cuda_convolution, ops
 
+
+def _half_dtypes_without_amx() -> set[torch.dtype]:
+    """Where a CPU multiplies matrices of half precision in a unit of its own, oneDNN is faster."""
+    has_unit = {
+        torch.bfloat16: getattr(torch.cpu, "_is_amx_tile_supported", lambda: False),
+        torch.float16: getattr(torch.cpu, "_is_amx_fp16_supported", lambda: False),
+    }
+    return {dtype for dtype, is_there in has_unit.items() if not is_there()}
+
+
 # Compared with oneDNN on the trunks' layers: below, transforming costs more than it saves.
 _WINOGRAD_CHANNELS = 32
 _WINOGRAD_POSITIONS = 7 * 7
+_WINOGRAD_DTYPES = {torch.float32} | _half_dtypes_without_amx()
 _WINOGRAD = ops.has_wide_vectors() and os.environ.get("LPIPS_FAST_WINOGRAD", "1") != "0"
 
 
@@ -126,7 +139,7 @@ def uses_winograd(conv: nn.Conv2d, channels: int, grid: torch.Size, dtype: torch
     kernel, stride, _ = _geometry(conv)
     return (
         _WINOGRAD
-        and dtype == torch.float32
+        and dtype in _WINOGRAD_DTYPES
         and -(-kernel // stride) in (3, 5)
         and channels >= _WINOGRAD_CHANNELS
         and grid[0] * grid[1] >= _WINOGRAD_POSITIONS
@@ -150,25 +163,31 @@ def convolve(conv: nn.Conv2d, x: Tensor, keep_nan: bool = False) -> Tensor:
     with torch.no_grad():
         weight, bias = conv.weight, conv.bias
         assert bias is not None
-        if weight.dtype != x.dtype:
-            weight, bias = weight.to(x.dtype), bias.to(x.dtype)
         kernel, stride, padding = _geometry(conv)
         grid = torch.Size((size + 2 * padding - kernel) // stride + 1 for size in x.shape[2:])
         if uses_winograd(conv, conv.in_channels * stride**2, grid, x.dtype):
-            packed = packed_weight(conv, "winograd", x.dtype, lambda: _pack_blocks(weight, stride))
+            packed = packed_weight(
+                conv, "winograd", torch.float32, lambda: _pack_blocks(weight.float(), stride)
+            )
             return torch.ops.lpips_fast.winograd_conv2d(
-                x, packed, bias, True, None, conv.out_channels, kernel, stride, padding
+                x, packed, bias.float(), True, None, conv.out_channels, kernel, stride, padding
             )
         if _is_direct(conv, x.dtype):
             pack = torch.ops.lpips_fast.direct_pack
-            packed = packed_weight(conv, "direct", x.dtype, lambda: pack(weight))
+            packed = packed_weight(conv, "direct", x.dtype, lambda: pack(weight.to(x.dtype)))
             return torch.ops.lpips_fast.direct_conv2d(
-                x, packed, bias, True, conv.out_channels, kernel, stride, padding
+                x, packed, bias.to(x.dtype), True, conv.out_channels, kernel, stride, padding
             )
         if is_frozen(conv):
             weight = packed_weight(
-                conv, "forward", x.dtype, lambda: _pack(weight, conv.padding, conv.stride, x.shape)
+                conv,
+                "forward",
+                x.dtype,
+                lambda: _pack(weight.to(x.dtype), conv.padding, conv.stride, x.shape),
             )
+        else:
+            weight = weight.to(x.dtype)
+        bias = bias.to(x.dtype)
         y = torch.ops.mkldnn._convolution_pointwise(
             x,
             weight,
@@ -254,8 +273,10 @@ def input_gradient(
         packed = packed_weight(
             conv,
             "winograd gradient",
-            x.dtype,
-            lambda: torch.ops.lpips_fast.winograd_pack(_gradient_weight(conv.weight, stride)),
+            torch.float32,
+            lambda: torch.ops.lpips_fast.winograd_pack(
+                _gradient_weight(conv.weight.float(), stride)
+            ),
         )
         mask = x if through_relu and stride == 1 else None
         addend = add if stride == 1 else None

@@ -104,6 +104,24 @@ def test_magnitudes(scale, kernel):
     assert_close(convolve(x, weight), expected, x, weight)
 
 
+@pytest.mark.usefixtures("poisoned")
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("geometry", [(3, 1, 1), (5, 1, 2), (11, 4, 2)], ids=str)
+@pytest.mark.parametrize("channels", [(3, 64), (33, 65), (16, 7)], ids=str)
+def test_half_precision_is_only_read_and_written(dtype, geometry, channels):
+    kernel, stride, padding = geometry
+    x = channels_last(2, channels[0], 17, 22).to(dtype)
+    weight, bias = torch.randn(*channels[::-1], kernel, kernel), torch.randn(channels[1])
+    exact = convolve(x.float(), weight, bias, stride=stride, padding=padding)
+    y = convolve(x, weight, bias, stride=stride, padding=padding)
+    assert y.dtype == dtype and torch.equal(y, exact.to(dtype))
+    add, mask = (channels_last(*y.shape).to(dtype) for _ in range(2))
+    arguments = {"stride": stride, "padding": padding}
+    exact = convolve(x.float(), weight, bias, True, mask.float(), add.float(), **arguments)
+    y = convolve(x, weight, bias, True, mask, add, **arguments)
+    assert torch.equal(y, exact.to(dtype))
+
+
 @pytest.mark.parametrize("kernel", [3, 5])
 def test_rounding_of_what_a_relu_leaves(kernel):
     # All of one sign, so that transforms cancel. What csrc/cpu/winograd_kernels.h says of it.
@@ -220,11 +238,18 @@ class TestChoice:
         assert takes(conv)
         assert not takes(conv, grid=(8, 6))
         assert not takes(conv, channels=16)
-        assert not takes(conv, dtype=torch.bfloat16)
+        assert not takes(conv, dtype=torch.float64)
+        for dtype in (torch.bfloat16, torch.float16):
+            assert takes(conv, dtype=dtype) == (dtype in convolution._WINOGRAD_DTYPES)
         assert not takes(nn.Conv2d(64, 64, 3, padding=1)), "learns"
         for kernel, stride, taken in ((5, 1, True), (11, 4, True), (1, 1, False), (3, 2, False)):
             other = nn.Conv2d(64, 64, kernel, stride).requires_grad_(False)
             assert takes(other) == taken
+
+    def test_a_unit_for_half_precision_goes_first(self, monkeypatch):
+        for amx in (False, True):
+            monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda amx=amx: amx)
+            assert (torch.bfloat16 in convolution._half_dtypes_without_amx()) == (not amx)
 
     def test_environment_turns_it_off(self):
         code = "from lpips_fast import convolution; print(convolution._WINOGRAD)"

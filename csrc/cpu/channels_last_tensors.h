@@ -35,13 +35,15 @@ inline int64_t column_stride(const torch::stable::Tensor& x) {
   return x.size(3) > 1 ? x.stride(3) : x.size(1);
 }
 
-inline Positions<const float> positions_of(const torch::stable::Tensor& x) {
-  return {static_cast<const float*>(x.const_data_ptr()), x.stride(0), x.stride(2),
+template <typename scalar_t = float>
+Positions<const scalar_t> positions_of(const torch::stable::Tensor& x) {
+  return {static_cast<const scalar_t*>(x.const_data_ptr()), x.stride(0), x.stride(2),
           column_stride(x)};
 }
 
-inline Positions<float> positions_to(const torch::stable::Tensor& x) {
-  return {static_cast<float*>(x.mutable_data_ptr()), x.stride(0), x.stride(2), column_stride(x)};
+template <typename scalar_t = float>
+Positions<scalar_t> positions_to(const torch::stable::Tensor& x) {
+  return {static_cast<scalar_t*>(x.mutable_data_ptr()), x.stride(0), x.stride(2), column_stride(x)};
 }
 
 inline const float* pointer_to(const std::optional<torch::stable::Tensor>& t) {

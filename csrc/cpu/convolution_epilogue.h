@@ -18,11 +18,13 @@ struct Positions {
 
 // What becomes of a result before it is written: plus `bias` (C_out,) and `add`, then max(., 0),
 // which keeps NaN, and 0 wherever `mask` is 0 or below. Each is left out where null or false.
+// scalar_t is the images' dtype; sums and the bias are float32 in any.
+template <typename scalar_t>
 struct ConvolutionEpilogue {
   const float* bias = nullptr;
-  Positions<const float> add = {};
+  Positions<const scalar_t> add = {};
   bool relu = false;
-  Positions<const float> mask = {};
+  Positions<const scalar_t> mask = {};
 };
 
 }  // namespace lpips_fast

@@ -60,7 +60,8 @@ void convolve_group(std::integer_sequence<int, r...>, const DirectConvolution& c
   }
   const auto write = [&](const std::array<Vec, positions>& sums, int64_t first) {
     const int64_t count = std::min(kLanes, convolution.out_channels - first);
-    const RowEpilogue epilogue(convolution.epilogue, convolution.results, n, y, x, first, count);
+    const RowEpilogue<float> epilogue(convolution.epilogue, convolution.results, n, y, x, first,
+                                      count);
     (epilogue.finish(sums[r], r), ...);
   };
   write(left, c);

@@ -23,7 +23,7 @@ struct DirectConvolution {
   int64_t kernel, stride, in_channels, out_channels;
   Positions<const float> images;  // with their border: (0, 0) meets the first weight
   const float* packed;
-  ConvolutionEpilogue epilogue;
+  ConvolutionEpilogue<float> epilogue;
   Positions<float> results;
 };
 

@@ -36,7 +36,7 @@ void check_images(const Tensor& x) {
 struct Convolution3x3 {
   Positions<const float> images;
   int64_t border, batch, height, width, in_channels, out_channels;
-  ConvolutionEpilogue epilogue;
+  ConvolutionEpilogue<float> epilogue;
   Positions<float> results;
 };
 
@@ -44,20 +44,20 @@ struct Convolution3x3 {
 void convolve3x3(const Convolution3x3& c, const Tensor& packed, bool winograd) {
   if (winograd) {
     const int64_t size = winograd_packed_size(3, c.in_channels, c.out_channels);
-    winograd_convolve({.image = {.height = c.height,
-                                 .width = c.width,
-                                 .out_channels = c.out_channels,
-                                 .in_height = c.height + 2 * c.border,
-                                 .in_width = c.width + 2 * c.border,
-                                 .in_channels = c.in_channels,
-                                 .stride = 1,
-                                 .padding = kBorder - c.border,
-                                 .kernel = 3},
-                       .images = c.images,
-                       .weights = packed_weight(packed, size),
-                       .epilogue = c.epilogue,
-                       .results = c.results},
-                      c.batch);
+    winograd_convolve<float>({.image = {.height = c.height,
+                                        .width = c.width,
+                                        .out_channels = c.out_channels,
+                                        .in_height = c.height + 2 * c.border,
+                                        .in_width = c.width + 2 * c.border,
+                                        .in_channels = c.in_channels,
+                                        .stride = 1,
+                                        .padding = kBorder - c.border,
+                                        .kernel = 3},
+                              .images = c.images,
+                              .weights = packed_weight(packed, size),
+                              .epilogue = c.epilogue,
+                              .results = c.results},
+                             c.batch);
     return;
   }
   std::optional<Tensor> bordered;
@@ -173,7 +173,7 @@ Tensor fire_backward(Tensor grad, Tensor x, Tensor squeezed, Tensor squeeze, Ten
                             .mask = part(positions_of(squeezed), kBorder, 0)},
                .results = positions_to(grad_squeezed)},
               expand3x3, winograd);
-  ConvolutionEpilogue through;
+  ConvolutionEpilogue<float> through;
   if (through_relu) through.mask = positions_of(x);
   direct_convolve({.width = width,
                    .kernel = 1,

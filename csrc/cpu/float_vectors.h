@@ -1,7 +1,10 @@
 // Vectors of float32 for the convolutions, in the width of the library's instruction set.
 #pragma once
 
+#include <ATen/cpu/vec/functional.h>
 #include <ATen/cpu/vec/vec.h>
+
+#include <type_traits>
 
 #include "convolution_epilogue.h"
 
@@ -11,19 +14,38 @@ using Vec = at::vec::Vectorized<float>;
 
 constexpr int64_t kLanes = Vec::size();
 
-inline Vec load(const float* from, int64_t count) {
-  return count == kLanes ? Vec::loadu(from) : Vec::loadu(from, count);
+// `count` numbers of float32, bfloat16 or float16 as float32; lanes beyond are 0.
+template <typename scalar_t>
+Vec load(const scalar_t* from, int64_t count) {
+  if constexpr (std::is_same_v<scalar_t, float>) {
+    return count == kLanes ? Vec::loadu(from) : Vec::loadu(from, count);
+  } else if (count == kLanes) {
+    Vec value;
+    at::vec::load_to_float<scalar_t>(from, value);
+    return value;
+  } else {
+    float part[kLanes] = {};
+    for (int64_t i = 0; i < count; ++i) part[i] = static_cast<float>(from[i]);
+    return Vec::loadu(part);
+  }
 }
 
-inline void store(const Vec& value, float* to, int64_t count) {
-  count == kLanes ? value.store(to) : value.store(to, static_cast<int>(count));
+// Rounded to scalar_t.
+template <typename scalar_t>
+void store(const Vec& value, scalar_t* to, int64_t count) {
+  if constexpr (std::is_same_v<scalar_t, float>) {
+    count == kLanes ? value.store(to) : value.store(to, static_cast<int>(count));
+  } else {
+    at::vec::convert_from_float<scalar_t>(value, value).store(to, static_cast<int>(count));
+  }
 }
 
 // The epilogue of `count` channels from channel c on, at positions (n, y, x), (n, y, x + 1), ...
+template <typename scalar_t>
 class RowEpilogue {
  public:
-  RowEpilogue(const ConvolutionEpilogue& epilogue, const Positions<float>& results, int64_t n,
-              int64_t y, int64_t x, int64_t c, int64_t count)
+  RowEpilogue(const ConvolutionEpilogue<scalar_t>& epilogue, const Positions<scalar_t>& results,
+              int64_t n, int64_t y, int64_t x, int64_t c, int64_t count)
       : bias_(epilogue.bias ? load(epilogue.bias + c, count) : Vec(0.f)),
         to_(results.at(n, y, x) + c),
         add_(epilogue.add ? epilogue.add.at(n, y, x) + c : nullptr),
@@ -46,8 +68,8 @@ class RowEpilogue {
 
  private:
   Vec bias_;
-  float* to_;
-  const float *add_, *mask_;
+  scalar_t* to_;
+  const scalar_t *add_, *mask_;
   int64_t column_, add_column_, mask_column_, count_;
   bool relu_;
 };

@@ -5,6 +5,7 @@
 #include <cstdint>
 #include <optional>
 
+#include "../feature_dtype.h"
 #include "channels_last_tensors.h"
 
 namespace lpips_fast {
@@ -76,11 +77,12 @@ struct Block {
 };
 
 // The three phases, of which any part can be done on its own.
+template <typename scalar_t>
 struct Phases {
-  const WinogradConvolution& convolution;
+  const WinogradConvolution<scalar_t>& convolution;
   int64_t columns;  // of a product: channels, in whole panels
 
-  explicit Phases(const WinogradConvolution& convolution)
+  explicit Phases(const WinogradConvolution<scalar_t>& convolution)
       : convolution(convolution), columns(in_whole_panels(convolution.image.out_channels)) {}
 
   const WinogradImage& image() const { return convolution.image; }
@@ -124,7 +126,8 @@ struct Phases {
 };
 
 // Every thread its own blocks of `size` tiles.
-void convolve_apart(const Phases& phases, int64_t tiles, int64_t size) {
+template <typename scalar_t>
+void convolve_apart(const Phases<scalar_t>& phases, int64_t tiles, int64_t size) {
   parallel_for(0, (tiles + size - 1) / size, 1, [&](int64_t first, int64_t last) {
     const Tensor scratch = empty_floats({size * phases.floats_per_tile()});
     for (int64_t k = first; k < last; ++k) {
@@ -137,7 +140,8 @@ void convolve_apart(const Phases& phases, int64_t tiles, int64_t size) {
 }
 
 // All threads one block after the other, the last of them perhaps smaller.
-void convolve_together(const Phases& phases, int64_t tiles) {
+template <typename scalar_t>
+void convolve_together(const Phases<scalar_t>& phases, int64_t tiles) {
   const int64_t per_tile = phases.floats_per_tile();
   const int64_t limit = std::clamp(kBlockFloats / per_tile, kMinimumTiles, kMaximumTiles);
   const int64_t blocks = (tiles + limit - 1) / limit, size = (tiles + blocks - 1) / blocks;
@@ -156,21 +160,23 @@ void convolve_together(const Phases& phases, int64_t tiles) {
 }
 
 // An argument with an element for each of the result's.
-Positions<const float> like_the_result(std::optional<Tensor>& t, const Tensor& y) {
+template <typename scalar_t>
+Positions<const scalar_t> like_the_result(std::optional<Tensor>& t, const Tensor& y) {
   if (!t) return {};
   STD_TORCH_CHECK(t->dim() == 4 && t->size(0) == y.size(0) && t->size(1) == y.size(1) &&
                       t->size(2) == y.size(2) && t->size(3) == y.size(3) &&
-                      t->scalar_type() == ScalarType::Float,
+                      t->scalar_type() == y.scalar_type(),
                   "mask and add must have the shape and dtype of the result");
   t = with_dense_channels(*t);
-  return positions_of(*t);
+  return positions_of<scalar_t>(*t);
 }
 
 Tensor winograd_conv2d(Tensor x, Tensor packed, std::optional<Tensor> bias, bool relu,
                        std::optional<Tensor> mask, int64_t out_channels, int64_t kernel,
                        int64_t stride, int64_t padding, std::optional<Tensor> add) {
-  STD_TORCH_CHECK(x.dim() == 4 && x.scalar_type() == ScalarType::Float,
-                  "winograd_conv2d takes float32 images (N, C, H, W)");
+  STD_TORCH_CHECK(
+      x.dim() == 4 && is_feature_dtype(x.scalar_type()) && x.scalar_type() != ScalarType::Double,
+      "winograd_conv2d takes float32, bfloat16 or float16 images (N, C, H, W)");
   STD_TORCH_CHECK(stride >= 1 && padding >= 0, "expected a stride of at least 1 and a padding");
   const int64_t blocks_of_kernel = (kernel + stride - 1) / stride;
   STD_TORCH_CHECK(blocks_of_kernel == 3 || blocks_of_kernel == 5,
@@ -191,24 +197,37 @@ Tensor winograd_conv2d(Tensor x, Tensor packed, std::optional<Tensor> bias, bool
           : with_dense_channels(x);
   const int64_t height = (x.size(2) + 2 * padding - kernel) / stride + 1;
   const int64_t width = (x.size(3) + 2 * padding - kernel) / stride + 1;
-  const Tensor y = empty_images(x.size(0), out_channels, height, width);
-  winograd_convolve({.image = {.height = height,
-                               .width = width,
-                               .out_channels = out_channels,
-                               .in_height = x.size(2),
-                               .in_width = x.size(3),
-                               .in_channels = x.size(1),
-                               .stride = stride,
-                               .padding = padding,
-                               .kernel = blocks_of_kernel},
-                     .images = positions_of(x),
-                     .weights = static_cast<const float*>(packed.const_data_ptr()),
-                     .epilogue = {.bias = pointer_to(bias),
-                                  .add = like_the_result(add, y),
-                                  .relu = relu,
-                                  .mask = like_the_result(mask, y)},
-                     .results = positions_to(y)},
-                    x.size(0));
+  const Tensor y = empty_images(x.size(0), out_channels, height, width, x.scalar_type());
+  const auto convolve = [&](auto scalar) {
+    using scalar_t = decltype(scalar);
+    winograd_convolve<scalar_t>({.image = {.height = height,
+                                           .width = width,
+                                           .out_channels = out_channels,
+                                           .in_height = x.size(2),
+                                           .in_width = x.size(3),
+                                           .in_channels = x.size(1),
+                                           .stride = stride,
+                                           .padding = padding,
+                                           .kernel = blocks_of_kernel},
+                                 .images = positions_of<scalar_t>(x),
+                                 .weights = static_cast<const float*>(packed.const_data_ptr()),
+                                 .epilogue = {.bias = pointer_to(bias),
+                                              .add = like_the_result<scalar_t>(add, y),
+                                              .relu = relu,
+                                              .mask = like_the_result<scalar_t>(mask, y)},
+                                 .results = positions_to<scalar_t>(y)},
+                                x.size(0));
+  };
+  switch (x.scalar_type()) {
+    case ScalarType::BFloat16:
+      convolve(c10::BFloat16{});
+      break;
+    case ScalarType::Half:
+      convolve(c10::Half{});
+      break;
+    default:
+      convolve(float{});
+  }
   return y;
 }
 
@@ -218,8 +237,9 @@ int64_t winograd_packed_size(int64_t kernel, int64_t in_channels, int64_t out_ch
   return winograd_elements(kernel) * in_channels * in_whole_panels(out_channels);
 }
 
-void winograd_convolve(const WinogradConvolution& convolution, int64_t batch) {
-  const Phases phases(convolution);
+template <typename scalar_t>
+void winograd_convolve(const WinogradConvolution<scalar_t>& convolution, int64_t batch) {
+  const Phases<scalar_t> phases(convolution);
   const WinogradImage& image = convolution.image;
   const int64_t tiles = batch * image.tiles();
   if (tiles == 0) return;

@@ -5,17 +5,20 @@
 
 namespace lpips_fast {
 
+template <typename scalar_t>
 struct WinogradConvolution {
   WinogradImage image;
-  Positions<const float> images;
+  Positions<const scalar_t> images;
   const float* weights;  // as the operator winograd_pack leaves them
-  ConvolutionEpilogue epilogue;
-  Positions<float> results;
+  ConvolutionEpilogue<scalar_t> epilogue;
+  Positions<scalar_t> results;
 };
 
 // The numbers of packed weights of kernel x kernel.
 int64_t winograd_packed_size(int64_t kernel, int64_t in_channels, int64_t out_channels);
 
-void winograd_convolve(const WinogradConvolution& convolution, int64_t batch);
+// For float, c10::BFloat16 and c10::Half.
+template <typename scalar_t>
+void winograd_convolve(const WinogradConvolution<scalar_t>& convolution, int64_t batch);
 
 }  // namespace lpips_fast

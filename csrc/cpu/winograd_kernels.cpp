@@ -27,8 +27,9 @@ template <>
 constexpr std::array<float, 3> kPoints<8>{0.5f, 1.f, 2.f};
 
 // Numbers c to c + count of a block's row, which is at row y of image n and begins at column x.
-inline Vec load_block(const Positions<const float>& images, int64_t n, const WinogradImage& shape,
-                      int64_t y, int64_t x, int64_t c, int64_t count) {
+template <typename scalar_t>
+inline Vec load_block(const Positions<const scalar_t>& images, int64_t n,
+                      const WinogradImage& shape, int64_t y, int64_t x, int64_t c, int64_t count) {
   if (y < 0 || y >= shape.in_height) return Vec(0.f);
   if (x >= 0 && x + shape.stride <= shape.in_width) return load(images.at(n, y, x) + c, count);
   if (x + shape.stride <= 0 || x >= shape.in_width) return Vec(0.f);
@@ -36,7 +37,7 @@ inline Vec load_block(const Positions<const float>& images, int64_t n, const Win
   for (int64_t k = 0; k < count; ++k) {
     const int64_t column = x + (c + k) / shape.in_channels;
     if (column >= 0 && column < shape.in_width)
-      part[k] = images.at(n, y, column)[(c + k) % shape.in_channels];
+      part[k] = static_cast<float>(images.at(n, y, column)[(c + k) % shape.in_channels]);
   }
   return Vec::loadu(part);
 }
@@ -131,8 +132,8 @@ void multiply_rest(std::integer_sequence<int, counts...>, int64_t count, const f
    ...);
 }
 
-template <int64_t tile_in>
-void transform_input(const Positions<const float>& images, int64_t n, const WinogradImage& shape,
+template <int64_t tile_in, typename scalar_t>
+void transform_input(const Positions<const scalar_t>& images, int64_t n, const WinogradImage& shape,
                      int64_t tile, float* to, int64_t stride) {
   const int64_t top = tile / shape.tile_columns() * kTileOut;
   const int64_t left = tile % shape.tile_columns() * kTileOut;
@@ -161,10 +162,10 @@ void transform_input(const Positions<const float>& images, int64_t n, const Wino
   }
 }
 
-template <int64_t tile_in>
+template <int64_t tile_in, typename scalar_t>
 void transform_output(const float* m, int64_t stride, const WinogradImage& shape, int64_t tile,
-                      const ConvolutionEpilogue& epilogue, const Positions<float>& results,
-                      int64_t n) {
+                      const ConvolutionEpilogue<scalar_t>& epilogue,
+                      const Positions<scalar_t>& results, int64_t n) {
   const int64_t top = tile / shape.tile_columns() * kTileOut;
   const int64_t left = tile % shape.tile_columns() * kTileOut;
   const int64_t rows = std::min(kTileOut, shape.height - top);
@@ -181,7 +182,7 @@ void transform_output(const float* m, int64_t stride, const WinogradImage& shape
     }
     for (int64_t i = 0; i < rows; ++i) {
       const auto row = transform_out<tile_in>(half[i]);
-      const RowEpilogue of_row(epilogue, results, n, top + i, left, c, count);
+      const RowEpilogue<scalar_t> of_row(epilogue, results, n, top + i, left, c, count);
       for (int64_t j = 0; j < columns; ++j) of_row.finish(row[j], j);
     }
   }
@@ -229,7 +230,8 @@ void winograd_transform_weight(const float* weight, int64_t kernel, int64_t stri
               : transform_weight<8>(weight, stride_h, stride_w, to, stride);
 }
 
-void winograd_transform_input(const Positions<const float>& images, int64_t n,
+template <typename scalar_t>
+void winograd_transform_input(const Positions<const scalar_t>& images, int64_t n,
                               const WinogradImage& shape, int64_t tile, float* to, int64_t stride) {
   shape.kernel == 3 ? transform_input<6>(images, n, shape, tile, to, stride)
                     : transform_input<8>(images, n, shape, tile, to, stride);
@@ -245,11 +247,23 @@ void winograd_multiply_panel(const float* rows, const float* panel, float* produ
                 product + r * product_stride, depth, product_stride);
 }
 
+template <typename scalar_t>
 void winograd_transform_output(const float* m, int64_t stride, const WinogradImage& shape,
-                               int64_t tile, const ConvolutionEpilogue& epilogue,
-                               const Positions<float>& results, int64_t n) {
+                               int64_t tile, const ConvolutionEpilogue<scalar_t>& epilogue,
+                               const Positions<scalar_t>& results, int64_t n) {
   shape.kernel == 3 ? transform_output<6>(m, stride, shape, tile, epilogue, results, n)
                     : transform_output<8>(m, stride, shape, tile, epilogue, results, n);
 }
+
+#define LPIPS_FAST_WINOGRAD_FOR(scalar_t)                                                       \
+  template void winograd_transform_input(const Positions<const scalar_t>&, int64_t,             \
+                                         const WinogradImage&, int64_t, float*, int64_t);       \
+  template void winograd_transform_output(const float*, int64_t, const WinogradImage&, int64_t, \
+                                          const ConvolutionEpilogue<scalar_t>&,                 \
+                                          const Positions<scalar_t>&, int64_t)
+LPIPS_FAST_WINOGRAD_FOR(float);
+LPIPS_FAST_WINOGRAD_FOR(c10::BFloat16);
+LPIPS_FAST_WINOGRAD_FOR(c10::Half);
+#undef LPIPS_FAST_WINOGRAD_FOR
 
 }  // namespace lpips_fast

@@ -1,4 +1,4 @@
-// Winograd's convolution of channels-last images, float32 (Lavin and Gray, "Fast Algorithms for
+// Winograd's convolution of channels-last images (Lavin and Gray, "Fast Algorithms for
 // Convolutional Neural Networks", CVPR 2016), with weights of 3x3, F(4x4, 3x3), or 5x5, F(4x4,
 // 5x5): 36 or 64 multiplications a channel for 16 outputs, where the direct sum takes 144 or 400.
 //
@@ -10,6 +10,9 @@
 // +-2 and +-1, +-2, +-3 round twice as much and more. Of the result's norm the rounding error is
 // about 8e-7 for 3x3 and 2.5e-6 for 5x5 weights; that of the direct sum is 3e-7 and 5e-7.
 // All constants of the transforms B and A are exact in float32.
+//
+// Images may be float32, bfloat16 or float16: these are widened as they are read and rounded as
+// they are written, and everything between is float32, weights too.
 //
 // Memory: a block of tiles goes through three phases (B^T d B, products, A^T m A) with its n^2
 // (C_in + C_out) floats a tile in a cache; the transformed weights, 36 for each 9 or 64 for each
@@ -67,7 +70,8 @@ void winograd_transform_weight(const float* weight, int64_t kernel, int64_t stri
 
 // B^T d B of one tile of image n, for all channels of its blocks: to[e * stride + c]. Outside the
 // image is zero.
-void winograd_transform_input(const Positions<const float>& images, int64_t n,
+template <typename scalar_t>
+void winograd_transform_input(const Positions<const scalar_t>& images, int64_t n,
                               const WinogradImage& shape, int64_t tile, float* to, int64_t stride);
 
 // product[r * product_stride + j] = sum_k rows[r * depth + k] * panel[k * width + j], j < width.
@@ -75,8 +79,9 @@ void winograd_multiply_panel(const float* rows, const float* panel, float* produ
                              int64_t depth, int64_t product_stride);
 
 // A^T m A of one tile: m[e * stride + c] into the results of image n.
+template <typename scalar_t>
 void winograd_transform_output(const float* m, int64_t stride, const WinogradImage& shape,
-                               int64_t tile, const ConvolutionEpilogue& epilogue,
-                               const Positions<float>& results, int64_t n);
+                               int64_t tile, const ConvolutionEpilogue<scalar_t>& epilogue,
+                               const Positions<scalar_t>& results, int64_t n);
 
 }  // namespace lpips_fast
