@@ -54,21 +54,15 @@ class FireModule(nn.Module):
 
     def _fire(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """The squeezed images with a border of zeros, and the result."""
-        operators = torch.ops.lpips_fast
         squeeze, expand1x1, expand3x3 = self.squeeze, self.expand1x1, self.expand3x3
         winograd = uses_winograd(expand3x3, squeeze.out_channels, x.shape[2:], x.dtype)
-        pack3x3 = operators.winograd_pack if winograd else operators.direct_pack
-
-        def packed(conv: nn.Conv2d, pack=operators.direct_pack) -> Tensor:
-            return packed_weight(conv, str(pack), x.dtype, lambda: pack(conv.weight))
-
-        return operators.fire(
+        return torch.ops.lpips_fast.fire(
             x,
-            packed(squeeze),
+            _packed(squeeze),
             squeeze.bias,
-            packed(expand1x1),
+            _packed(expand1x1),
             expand1x1.bias,
-            packed(expand3x3, pack3x3),
+            _packed(expand3x3, winograd),
             expand3x3.bias,
             winograd,
         )
@@ -98,27 +92,38 @@ class FireModule(nn.Module):
     def _fire_backward(
         self, grad: Tensor, x: Tensor, squeezed: Tensor, through_relu: bool
     ) -> Tensor:
-        operators = torch.ops.lpips_fast
         channels = self.expand3x3.out_channels
         winograd = uses_winograd(self.expand3x3, channels, x.shape[2:], x.dtype)
-        pack3x3 = operators.winograd_pack if winograd else operators.direct_pack
-
-        def packed(conv: nn.Conv2d, pack=operators.direct_pack) -> Tensor:
-            """The convolution that is the gradient: flipped, channels in and out swapped."""
-            return packed_weight(
-                conv,
-                f"gradient, {pack}",
-                x.dtype,
-                lambda: pack(conv.weight.detach().flip(2, 3).transpose(0, 1)),
-            )
-
-        return operators.fire_backward(
+        return torch.ops.lpips_fast.fire_backward(
             grad,
             x,
             squeezed,
-            packed(self.squeeze),
-            packed(self.expand1x1),
-            packed(self.expand3x3, pack3x3),
+            _packed_gradient(self.squeeze),
+            _packed_gradient(self.expand1x1),
+            _packed_gradient(self.expand3x3, winograd),
             through_relu,
             winograd,
         )
+
+
+def _packed(conv: nn.Conv2d, winograd: bool = False) -> Tensor:
+    purpose, pack = _PACKS[winograd]
+    return packed_weight(conv, purpose, torch.float32, lambda: pack(conv.weight))
+
+
+def _packed_gradient(conv: nn.Conv2d, winograd: bool = False) -> Tensor:
+    """The convolution that is the gradient: flipped, channels in and out swapped."""
+    purpose, pack = _PACKS[winograd]
+    return packed_weight(
+        conv,
+        f"{purpose} gradient",
+        torch.float32,
+        lambda: pack(conv.weight.detach().flip(2, 3).transpose(0, 1)),
+    )
+
+
+# By whether it is for Winograd's algorithm: the purpose of packed weights, and what packs them.
+_PACKS = {
+    False: ("direct", torch.ops.lpips_fast.direct_pack),
+    True: ("winograd", torch.ops.lpips_fast.winograd_pack),
+}
