@@ -34,6 +34,9 @@ _PART_OF_WORD = {
     "_ConvReLU": "other",  # the Python around a convolution, not the convolution
     "convolution": "convolution",
     "conv2d": "convolution",
+    "lpips_fast::fire": "convolution",  # and its concatenation
+    "depth_to_space": "convolution",  # the last step of a strided one's gradient
+    "tap_backward": "distance",  # and the two other gradients that meet it
     "scale_images": "image preparation",
     "max_pool2d": "pooling",
     "lpips_fast_distance": "distance",

@@ -13,8 +13,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from . import functional
+from .fire import FireModule
 from .lpips import LPIPS, upsample
-from .trunk import FireModule, Slice, tap_shapes
+from .trunk import Slice, tap_shapes
 
 
 class PortableLPIPS(nn.Module):
