@@ -6,7 +6,6 @@
 
 #include "../stable_abi.h"
 #include "convolution_epilogue.h"
-#include "large_pages.h"
 
 namespace lpips_fast {
 
@@ -19,9 +18,8 @@ inline torch::stable::Tensor empty_floats(std::initializer_list<int64_t> shape) 
 inline torch::stable::Tensor empty_images(
     int64_t batch, int64_t channels, int64_t height, int64_t width,
     torch::headeronly::ScalarType dtype = torch::headeronly::ScalarType::Float) {
-  return on_large_pages(torch::stable::empty({batch, channels, height, width}, dtype, std::nullopt,
-                                             std::nullopt, std::nullopt,
-                                             torch::headeronly::MemoryFormat::ChannelsLast));
+  return torch::stable::empty({batch, channels, height, width}, dtype, std::nullopt, std::nullopt,
+                              std::nullopt, torch::headeronly::MemoryFormat::ChannelsLast);
 }
 
 // `x` itself where its channels lie one beside the other, else a channels-last copy.

@@ -13,7 +13,6 @@
 #include "../lpips_distance.h"
 #include "dispatch.h"
 #include "distance_kernels.h"
-#include "large_pages.h"
 
 namespace lpips_fast {
 namespace {
@@ -212,8 +211,8 @@ struct Gradients {
             bool need_feats0, bool need_feats1, bool need_weights) {
     for (size_t l = 0; l < feats.size(); ++l) {
       const MemoryOrder order = layers.views[l].order;
-      if (need_feats0) feats0.push_back(on_large_pages(empty_gradient(feats[l], order)));
-      if (need_feats1) feats1.push_back(on_large_pages(empty_gradient(feats[l], order)));
+      if (need_feats0) feats0.push_back(empty_gradient(feats[l], order));
+      if (need_feats1) feats1.push_back(empty_gradient(feats[l], order));
       if (need_weights) weights.push_back(empty_accumulators({layer_weights[l].size(0)}, feats[l]));
     }
   }

@@ -3,7 +3,6 @@
 
 #include "../max_pool.h"
 #include "dispatch.h"
-#include "large_pages.h"
 #include "max_pool_kernels.h"
 
 namespace lpips_fast {
@@ -18,7 +17,7 @@ constexpr int64_t kChannelsPerTask = 64;  // whole cache lines, so that threads 
 Tensor max_pool2d(Tensor x, int64_t kernel, int64_t stride, bool ceil_mode) {
   check_pool(x, kernel, stride);
   x = channels_last(x);
-  const Tensor y = on_large_pages(empty_pooled(x, kernel, stride, ceil_mode));
+  const Tensor y = empty_pooled(x, kernel, stride, ceil_mode);
   const PoolShape shape = shape_of_pool(x, y, kernel, stride);
   const int64_t row_elements = shape.out_width * shape.channels * kernel * kernel;
   dispatch_feature_dtype(x.scalar_type(), [&](auto feature) {
@@ -45,7 +44,7 @@ Tensor max_pool2d_backward(Tensor grad, Tensor x, Tensor y, int64_t kernel, int6
   grad = channels_last(grad);
   x = channels_last(x);
   y = channels_last(y);
-  const Tensor grad_x = on_large_pages(empty_channels_last(x, x.size(2), x.size(3)));
+  const Tensor grad_x = empty_channels_last(x, x.size(2), x.size(3));
   const PoolShape shape = shape_of_pool(x, y, kernel, stride);
   const int64_t groups = (shape.channels + kChannelsPerTask - 1) / kChannelsPerTask;
   dispatch_feature_dtype(x.scalar_type(), [&](auto feature) {

@@ -8,7 +8,6 @@
 
 #include "../scale_images.h"
 #include "dispatch.h"
-#include "large_pages.h"
 
 namespace lpips_fast {
 namespace {
@@ -84,7 +83,7 @@ Tensor scale_images(std::vector<Tensor> images, Tensor shift, Tensor scale, bool
     return torch::stable::contiguous(torch::stable::to(t, ScalarType::Double));
   };
   const Tensor shifts = as_double(shift), scales = as_double(scale);
-  const Tensor out = on_large_pages(empty_scaled_batch(images, dtype));
+  const Tensor out = empty_scaled_batch(images, dtype);
   dispatch_feature_dtype(dtype, [&](auto result) {
     using out_t = decltype(result);
     auto* to = static_cast<out_t*>(out.mutable_data_ptr());
