@@ -69,7 +69,8 @@ def conv_relu(conv: nn.Conv2d, x: Tensor, keep_nan: bool = False) -> Tensor:
 
 def is_frozen_on_cpu(conv: nn.Conv2d, x: Tensor) -> bool:
     """Whether :func:`convolve` and :func:`input_gradient` take the images ``x``."""
-    return is_frozen(conv) and _cpu_dtype(conv, x) == x.dtype
+    # In this order: a compiler that traces does not get to see the weights.
+    return _cpu_dtype(conv, x) == x.dtype and is_frozen(conv)
 
 
 def _cpu_dtype(conv: nn.Conv2d, x: Tensor) -> torch.dtype | None:

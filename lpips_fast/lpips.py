@@ -356,19 +356,34 @@ class LPIPS(nn.Module):
 
     def _layers_in_one_pass(self, in0: Tensor, in1: Tensor, normalize: bool) -> list[Tensor]:
         """Every layer's distance of two images that both need a graph, or both none."""
-        split = [len(in0), len(in1)]
         size = _size(in0)
-        taps = self._taps((in0, in1), normalize)
         if self._needs_graph(in0) or in0.numel() < _STREAMED_FROM or not ops.is_eager():
+            split = [len(in0), len(in1)]
+            taps = self._taps((in0, in1), normalize)
             pairs = [_broadcast(*tap.split(split)) for tap in taps]
             return self._per_layer([a for a, _ in pairs], [b for _, b in pairs], size)
         # A tap is consumed as soon as it exists, and its memory goes back.
         layers: list[Tensor] = []
-        for tap in taps:
-            a, b = _broadcast(*tap.split(split))
+        for a, b in self._streamed_taps(in0, in1, normalize):
             layers += self._per_layer([a], [b], size, first=len(layers))
-            del tap, a, b
+            del a, b
         return layers
+
+    def _streamed_taps(
+        self, in0: Tensor, in1: Tensor, normalize: bool
+    ) -> Iterator[tuple[Tensor, Tensor]]:
+        """The taps of two images, layer by layer."""
+        if in0.device.type == "cpu":
+            # Side by side: large as they are, nothing is gained by one batch of both, and twice
+            # the memory would be in use at a time.
+            both = (self._taps([image], normalize) for image in (in0, in1))
+            for tap0, tap1 in zip(*both, strict=True):
+                yield _broadcast(tap0, tap1)
+                del tap0, tap1
+        else:
+            for tap in self._taps((in0, in1), normalize):
+                yield _broadcast(*tap.split([len(in0), len(in1)]))
+                del tap
 
     def _layers_of_features(self, features0: Features, features1: Features) -> list[Tensor]:
         check_same_size(features0.image_size, features1.image_size)
