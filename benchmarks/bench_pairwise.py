@@ -31,6 +31,7 @@ from contenders import build_other, build_ours
 from timing import seconds_of
 
 from lpips_fast.pairwise import pairwise, plan
+from lpips_fast.peak_memory import added_at_peak
 
 CPU = torch.device("cpu")
 GIB = 2**30
@@ -135,12 +136,6 @@ def measure(
     }
 
 
-def status(name: str) -> int:
-    """A figure of the process, in bytes (Linux)."""
-    lines = Path("/proc/self/status").read_text().splitlines()
-    return next(int(x.split()[1]) * 1024 for x in lines if x.startswith(f"{name}:"))
-
-
 class Drawn(Sequence[torch.Tensor]):
     """Images that exist only while they are looked at."""
 
@@ -161,9 +156,11 @@ def measure_large(net: str, count: int, size: int, limit: int) -> dict[str, Any]
     model, images = build_ours(net, CPU), Drawn(count, size)
     pairwise(model, [images[0], images[1]])
     scheme = plan(model, count, (size, size), memory_limit=limit)
-    Path("/proc/self/clear_refs").write_text("5")  # forgets the highest memory use so far
-    before = status("VmRSS")
-    took, matrix = timed(lambda: pairwise(model, images, memory_limit=limit))
+    runs: list[tuple[float, Any]] = []
+    measured = added_at_peak(
+        lambda: runs.append(timed(lambda: pairwise(model, images, memory_limit=limit))), CPU
+    )
+    ((took, matrix),) = runs
     assert bool((matrix == matrix.T).all())
     return {
         "net": net,
@@ -171,7 +168,7 @@ def measure_large(net: str, count: int, size: int, limit: int) -> dict[str, Any]
         "size": size,
         "memory_limit": limit,
         "planned_bytes": scheme.peak_bytes,
-        "measured_bytes": status("VmHWM") - before,
+        "measured_bytes": measured,
         "trunk_passes": scheme.trunk_passes,
         "seconds": took,
         "plan": str(scheme),
