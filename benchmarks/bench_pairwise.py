@@ -17,7 +17,6 @@ import argparse
 import itertools
 import json
 import os
-import sys
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
@@ -28,6 +27,7 @@ from typing import Any
 import machine
 import torch
 from contenders import build_other, build_ours
+from report import head
 from timing import seconds_of
 
 from lpips_fast.pairwise import pairwise, plan
@@ -176,14 +176,8 @@ def measure_large(net: str, count: int, size: int, limit: int) -> dict[str, Any]
 
 
 def table(results: dict[str, Any]) -> str:
-    facts = results["machine"]
     lines = [
-        "# All pairs",
-        "",
-        f"`{results['command']}`",
-        "",
-        f"{facts['CPU']}; torch {facts['torch']}, lpips {facts['lpips']}.",
-        "",
+        *head("All pairs", results, ["torch", "lpips"]),
         "Original: `lpips` 0.1.4 called pair by pair, as its `lpips_1dir_allpairs.py` does, without"
         " reading files and without a graph; a sample of the pairs, measured in turn with ours and"
         " scaled to all. Medians over the turns in which other processes took the least of the"
@@ -238,8 +232,7 @@ def main() -> None:
         torch.set_num_threads(options.threads)
 
     results: dict[str, Any] = {
-        "command": " ".join(["python", "benchmarks/bench_pairwise.py", *sys.argv[1:]]),
-        "machine": machine.facts(CPU),
+        **machine.this_run(),
         "pairs": [],
         "large": [],
     }
