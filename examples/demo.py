@@ -82,6 +82,7 @@ def main() -> None:
             maps[name],
             options.output / f"ref_{name}.png",
             title=f"Where {name}, the {distortion} copy, differs from the reference",
+            quantity="LPIPS distance" if is_real else "random-trunk distance",
             label=f"{options.net}, version 0.1" if is_real else "RANDOM trunk, not LPIPS",
             distance=distances[name],
             image0=images["ref"],

@@ -127,6 +127,14 @@ def test_what_the_picture_says(tmp_path: Path) -> None:
         assert part in text
 
 
+def test_distances_that_are_not_lpips_have_another_name(tmp_path: Path) -> None:
+    path = save_heatmap(np.eye(8), tmp_path / "map.svg", quantity="LPIPS (l1, $2 layers) distance")
+    text = path.read_text(encoding="utf-8")
+    assert "LPIPS (l1, $2 layers) distance per position" in text
+    assert "LPIPS (l1, $2 layers) distance map" in text
+    assert "LPIPS distance" not in text
+
+
 def test_the_callers_own_figures_are_left_alone(tmp_path: Path) -> None:
     pyplot = pytest.importorskip("matplotlib.pyplot")
     backend = matplotlib.get_backend()

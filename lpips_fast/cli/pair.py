@@ -18,7 +18,7 @@ from ..heatmap import PICTURE_SUFFIXES, save_heatmap, save_map_numbers
 from ..images import read_image
 from .command import Command, CommandError, print_to
 from .image_files import add_alpha_argument
-from .model import add_model_arguments, layer_names, load_model, metric_name
+from .model import add_model_arguments, distance_name, layer_names, load_model, metric_name
 
 if TYPE_CHECKING:
     from ..lpips import LPIPS
@@ -114,6 +114,7 @@ def _draw_map(
         distance_map,
         options.map,
         title=f"{names[0]}  vs  {names[1]}",
+        quantity=distance_name(options),
         label=metric_name(options),
         distance=distance,
         image0=in0,
