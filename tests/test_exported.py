@@ -121,6 +121,40 @@ def test_refuses_a_damaged_file(tmp_path, suffix):
     assert "\n" not in str(error.value)
 
 
+@pytest.mark.export_runtime("openvino")
+def test_signals_arrive_after_a_network_went_on_another_thread(tmp_path, run_python):
+    """As garbage collection has it: OpenVINO takes a signal stack with it, if it is let."""
+    import openvino
+    from openvino import opset13 as operators
+
+    images = [operators.parameter([1, 3, 40, 40], name=name) for name in ("in0", "in1")]
+    for image, name in zip(images, ("in0", "in1")):
+        image.output(0).set_names({name})
+    network = openvino.Model([operators.subtract(*images)], images, "difference")
+    weights = parity.trunk_weights("alex")
+    model = lpips_fast.LPIPS(net="alex", weights=weights, layers=(0,), verbose=False)
+    record = export.export_torchscript(model, tmp_path / "m.ts")
+    network.set_rt_info(record.to_json(), [export.RECORD_KEY])
+    openvino.save_model(network, str(tmp_path / "m.xml"))
+    text = run_python(
+        f"""
+        import faulthandler, signal, threading
+        import torch
+        from lpips_fast.exported import load_exported
+
+        faulthandler.enable()  # handlers of Python run on a signal stack, if there is one
+        signal.signal(signal.SIGUSR1, lambda *_: print("arrived"))
+        held = [load_exported({str(tmp_path / "m.xml")!r})]
+        held[0](torch.zeros(1, 3, 40, 40), torch.zeros(1, 3, 40, 40))
+        thread = threading.Thread(target=held.clear)
+        thread.start()
+        thread.join()
+        signal.raise_signal(signal.SIGUSR1)
+        """
+    )
+    assert text == "arrived\n"
+
+
 def test_refuses_a_file_of_others(tmp_path):
     torch.jit.save(torch.jit.script(torch.nn.Linear(2, 2)), str(tmp_path / "m.ts"))
     with pytest.raises(export.ExportError, match="was not written by lpips_fast"):
