@@ -23,7 +23,7 @@ from ..embedding import euclidean_weights
 from ..folders import list_images
 from ..images import ImageError, image_to_tensor, read_image_uint8
 from ..pairwise import DEFAULT_MEMORY_LIMIT, mean_diversity, pairwise, plan
-from .command import PROGRAM, Command, CommandError, print_to, tell
+from .command import PROGRAM, Command, CommandError, add_json_argument, print_to, tell
 from .image_files import add_alpha_argument
 from .model import add_model_arguments, distance_name, layer_names, load_model, metric_name
 
@@ -60,9 +60,7 @@ def _add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--plan", action="store_true", help="say what would be held and computed, and end there"
     )
-    parser.add_argument(
-        "--json", action="store_true", help="one JSON object on standard output, nothing else"
-    )
+    add_json_argument(parser)
 
 
 def _matrix_path(text: str) -> Path:
