@@ -122,6 +122,14 @@ def onnx_file(exportable: lpips_fast.LPIPS, tmp_path_factory: pytest.TempPathFac
 
 
 @pytest.fixture
+def generator() -> torch.Generator:
+    """Of fresh random numbers; the seed is printed, for a test that fails."""
+    generator = torch.Generator()
+    print(f"seed {generator.seed()}")
+    return generator
+
+
+@pytest.fixture
 def poisoned():
     """Fills every new uninitialised tensor with NaN, so that an unwritten output shows."""
     before = torch.are_deterministic_algorithms_enabled()

@@ -16,13 +16,6 @@ matplotlib = pytest.importorskip("matplotlib", reason="drawing needs Matplotlib"
 Image = pytest.importorskip("PIL.Image", reason="looking at the picture needs Pillow")
 
 
-@pytest.fixture
-def generator() -> torch.Generator:
-    generator = torch.Generator()
-    print(f"seed {generator.seed()}")
-    return generator
-
-
 def pixels_of(path: Path) -> np.ndarray:
     with Image.open(path) as image:
         return np.asarray(image.convert("RGB")).astype(int)
