@@ -15,7 +15,9 @@ demo: $(VENV)/.built
 
 test: $(VENV)/.built
 	$(BIN)/python -m pip install --quiet --no-deps -r tests/reference-requirements.txt
-	$(BIN)/pytest
+	$(BIN)/python -m pip install --quiet "lpips-fast[export,openvino,coreml]"
+	$(BIN)/pytest -m "not export_runtime"
+	$(BIN)/pytest -m export_runtime
 
 lint: $(VENV)/.built
 	$(BIN)/ruff check .

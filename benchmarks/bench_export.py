@@ -18,7 +18,6 @@ import importlib.metadata
 import importlib.util
 import json
 import os
-import sys
 import tempfile
 import time
 import warnings
@@ -30,6 +29,7 @@ from typing import Any
 import machine
 import torch
 from contenders import build_other, image_pair, trunk_weights
+from report import head
 from timing import seconds_of
 
 import lpips_fast
@@ -175,16 +175,8 @@ def measure_int8(net: str, size: int, folder: Path) -> list[dict[str, Any]]:
 
 
 def table(results: dict[str, Any]) -> str:
-    facts = results["machine"]
-    versions = ", ".join(f"{k} {v}" for k, v in results["packages"].items())
     lines = [
-        "# Exported files",
-        "",
-        f"`{results['command']}`",
-        "",
-        f"{facts['CPU']}; torch {facts['torch']}, lpips {facts.get('lpips', 'absent')}, "
-        f"{versions}.",
-        "",
+        *head("Exported files", results, ["torch", "lpips", *results["packages"]]),
         "Times are milliseconds a pair, medians of calls in blocks, one runtime after another; in "
         "brackets how many times as fast as the unmodified `lpips` in torch. The largest error is "
         "absolute, or relative to a distance above 1, against `lpips_fast.LPIPS`. Batch, height "
@@ -266,8 +258,7 @@ def main() -> None:
 
     packages = ("onnx", "onnxruntime", "openvino", "coremltools")
     results: dict[str, Any] = {
-        "command": " ".join(["python", "benchmarks/bench_export.py", *sys.argv[1:]]),
-        "machine": machine.facts(CPU),
+        **machine.this_run(),
         "packages": {
             name: importlib.metadata.version(name)
             for name in packages

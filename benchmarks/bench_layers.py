@@ -15,7 +15,6 @@ import argparse
 import io
 import itertools
 import json
-import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from statistics import median
@@ -25,6 +24,7 @@ import machine
 import numpy as np
 import torch
 from contenders import image_pair, trunk_weights
+from report import head
 from timing import seconds_of
 from torch import Tensor
 
@@ -210,14 +210,9 @@ def measure(net: str, size: int, rounds: int, trained: bool) -> list[dict[str, A
 
 
 def table(results: dict[str, Any]) -> str:
-    facts, size = results["machine"], results["size"]
+    size = results["size"]
     lines = [
-        "# Fewer layers",
-        "",
-        f"`{results['command']}`",
-        "",
-        f"{facts['CPU']}; torch {facts['torch']}; load in the minute before {results['load']}.",
-        "",
+        *head("Fewer layers", results, ["torch"]),
         f"Time: one pair of {size}², float32, medians of {results['rounds']} calls in turn; in "
         "brackets the part of all layers' time. Agreement: with all layers (not with people), on "
         f"{LEVELS} grades each of {', '.join(KINDS)} of the three example images of 64².",
@@ -261,11 +256,8 @@ def main() -> None:
     if options.threads:
         torch.set_num_threads(options.threads)
 
-    load = machine.load()
     results: dict[str, Any] = {
-        "command": " ".join(["python", "benchmarks/bench_layers.py", *sys.argv[1:]]),
-        "machine": machine.facts(CPU),
-        "load": "unknown" if load is None else f"{load:.1f}",
+        **machine.this_run(),
         "size": options.size,
         "rounds": options.rounds,
         "trained": options.trained,

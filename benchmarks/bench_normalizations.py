@@ -13,7 +13,6 @@ from __future__ import annotations
 import argparse
 import io
 import json
-import sys
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -22,6 +21,7 @@ import machine
 import numpy as np
 import torch
 from PIL import Image, ImageFilter
+from report import head
 from timing import seconds_of
 from torch import Tensor
 
@@ -200,16 +200,13 @@ def _curves(table: NormalizationTable, title: str) -> Any:
 
 
 def markdown(results: dict[str, Any]) -> str:
-    facts, timing = results["machine"], results["timing"]
-    load = "" if results["load"] is None else f"; {results['load']:.1f} processes wanted a core"
+    timing = results["timing"]
     distances = results["normalizations"]
     lines = [
-        "# Normalisations compared",
-        "",
-        f"`{results['command']}`",
-        "",
-        f"{facts['CPU']}; torch {facts['torch']}{load}. {results['metric']}, ImageNet weights.",
-        "",
+        *head(
+            *("Normalisations compared", results, ["torch"]),
+            f"{results['metric']}, ImageNet weights.",
+        ),
         f"{results['pairs']} pairs: the {results['images']} example images (64²) against themselves"
         " with noise, blur, JPEG and shifts in five strengths. Distances of two normalisations"
         " share no unit: compare deviation over mean, and order. Rank correlation is Spearman's"
@@ -264,14 +261,12 @@ def main() -> None:
         model = LPIPS(net=options.net, verbose=False)
     except WeightsError as error:
         parser.exit(1, f"{error}\n")
+    run = machine.this_run()
     images, labels = pairs()
     table = compare_normalizations(model, images)
     options.output.mkdir(parents=True, exist_ok=True)
-    load = machine.load()
     results: dict[str, Any] = {
-        "command": " ".join(["python", "benchmarks/bench_normalizations.py", *sys.argv[1:]]),
-        "machine": machine.facts(CPU),
-        "load": load,
+        **run,
         "net": options.net,
         "metric": describe(model),
         "images": len({label[0] for label in labels}),

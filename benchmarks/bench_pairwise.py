@@ -17,7 +17,6 @@ import argparse
 import itertools
 import json
 import os
-import sys
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
@@ -28,9 +27,11 @@ from typing import Any
 import machine
 import torch
 from contenders import build_other, build_ours
+from report import head
 from timing import seconds_of
 
 from lpips_fast.pairwise import pairwise, plan
+from lpips_fast.peak_memory import added_at_peak
 
 CPU = torch.device("cpu")
 GIB = 2**30
@@ -135,12 +136,6 @@ def measure(
     }
 
 
-def status(name: str) -> int:
-    """A figure of the process, in bytes (Linux)."""
-    lines = Path("/proc/self/status").read_text().splitlines()
-    return next(int(x.split()[1]) * 1024 for x in lines if x.startswith(f"{name}:"))
-
-
 class Drawn(Sequence[torch.Tensor]):
     """Images that exist only while they are looked at."""
 
@@ -161,9 +156,11 @@ def measure_large(net: str, count: int, size: int, limit: int) -> dict[str, Any]
     model, images = build_ours(net, CPU), Drawn(count, size)
     pairwise(model, [images[0], images[1]])
     scheme = plan(model, count, (size, size), memory_limit=limit)
-    Path("/proc/self/clear_refs").write_text("5")  # forgets the highest memory use so far
-    before = status("VmRSS")
-    took, matrix = timed(lambda: pairwise(model, images, memory_limit=limit))
+    runs: list[tuple[float, Any]] = []
+    measured = added_at_peak(
+        lambda: runs.append(timed(lambda: pairwise(model, images, memory_limit=limit))), CPU
+    )
+    ((took, matrix),) = runs
     assert bool((matrix == matrix.T).all())
     return {
         "net": net,
@@ -171,7 +168,7 @@ def measure_large(net: str, count: int, size: int, limit: int) -> dict[str, Any]
         "size": size,
         "memory_limit": limit,
         "planned_bytes": scheme.peak_bytes,
-        "measured_bytes": status("VmHWM") - before,
+        "measured_bytes": measured,
         "trunk_passes": scheme.trunk_passes,
         "seconds": took,
         "plan": str(scheme),
@@ -179,14 +176,8 @@ def measure_large(net: str, count: int, size: int, limit: int) -> dict[str, Any]
 
 
 def table(results: dict[str, Any]) -> str:
-    facts = results["machine"]
     lines = [
-        "# All pairs",
-        "",
-        f"`{results['command']}`",
-        "",
-        f"{facts['CPU']}; torch {facts['torch']}, lpips {facts['lpips']}.",
-        "",
+        *head("All pairs", results, ["torch", "lpips"]),
         "Original: `lpips` 0.1.4 called pair by pair, as its `lpips_1dir_allpairs.py` does, without"
         " reading files and without a graph; a sample of the pairs, measured in turn with ours and"
         " scaled to all. Medians over the turns in which other processes took the least of the"
@@ -241,8 +232,7 @@ def main() -> None:
         torch.set_num_threads(options.threads)
 
     results: dict[str, Any] = {
-        "command": " ".join(["python", "benchmarks/bench_pairwise.py", *sys.argv[1:]]),
-        "machine": machine.facts(CPU),
+        **machine.this_run(),
         "pairs": [],
         "large": [],
     }

@@ -13,7 +13,6 @@ from __future__ import annotations
 import argparse
 import functools
 import json
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from statistics import median
@@ -23,6 +22,7 @@ import machine
 import torch
 from contenders import build_other, build_ours, image_pair
 from peak_memory import PACKAGES, in_a_process
+from report import head
 from timing import seconds_of
 
 from lpips_fast.trunk import minimum_size
@@ -95,15 +95,8 @@ def measure(net: str, rounds: int, most_memory: int, most_seconds: float) -> lis
 
 
 def table(results: dict[str, Any]) -> str:
-    facts = results["machine"]
     lines = [
-        "# From the smallest size to 4K",
-        "",
-        f"`{results['command']}`",
-        "",
-        f"{facts['CPU']}; torch {facts['torch']}, lpips {facts['lpips']}; load in the minute "
-        f"before {results['load']}.",
-        "",
+        *head("From the smallest size to 4K", results, ["torch", "lpips"]),
         "One pair, forward, float32. Times: medians of calls in turn. Memory: what a call adds at "
         "its peak, without the images and the weights.",
         "",
@@ -146,11 +139,8 @@ def main() -> None:
     if options.threads:
         torch.set_num_threads(options.threads)
 
-    load = machine.load()
     results: dict[str, Any] = {
-        "command": " ".join(["python", "benchmarks/bench_resolutions.py", *sys.argv[1:]]),
-        "machine": machine.facts(CPU),
-        "load": "unknown" if load is None else f"{load:.1f}",
+        **machine.this_run(),
         "rows": [],
     }
     options.output.mkdir(parents=True, exist_ok=True)

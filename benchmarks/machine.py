@@ -7,7 +7,10 @@ import importlib.util
 import os
 import platform
 import re
+import shlex
+import sys
 from pathlib import Path
+from typing import Any
 
 import torch
 from timing import seconds_of
@@ -72,6 +75,16 @@ def _cpu_has_bfloat16() -> bool:
 def load() -> float | None:
     """Processes that wanted a core in the last minute; about 0 on a quiet machine."""
     return os.getloadavg()[0] if hasattr(os, "getloadavg") else None
+
+
+def this_run() -> dict[str, Any]:
+    """What every file of results begins with: the command, the machine, and its load before."""
+    script = f"benchmarks/{Path(sys.argv[0]).name}"
+    return {
+        "command": shlex.join(["python", script, *sys.argv[1:]]),
+        "load": load(),
+        "machine": facts(torch.device("cpu")),
+    }
 
 
 def peak_flops(device: torch.device, dtype: torch.dtype, repeats: int = 5) -> float:

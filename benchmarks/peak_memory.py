@@ -1,8 +1,7 @@
 """How much memory one call adds at its peak: ours beside the original.
 
-On a CUDA device the allocator tells. On the CPU each figure comes from a process of its own:
-it calls once on small images, so that libraries and prepared weights are in place; has Linux forget
-the highest memory use so far; calls; and reads how far above the start memory use went.
+Each figure comes from a process of its own, which calls once on small images, so that libraries and
+prepared weights are in place, and then as :mod:`lpips_fast.peak_memory` says.
 """
 
 from __future__ import annotations
@@ -15,11 +14,12 @@ import os
 import subprocess
 import sys
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import torch
 from contenders import UnavailableError, build_other, build_ours, image_pair
+
+from lpips_fast.peak_memory import ENVIRONMENT, added_at_peak
 
 PACKAGES = ("lpips_fast", "lpips")
 MODES = ("forward", "step")
@@ -60,37 +60,17 @@ def measure(package: str, net: str, height: int, width: int, batch: int, mode: s
     prepare(SMALL, SMALL, 1)()
     prepare(min(height, SMALL), min(width, SMALL), 1)()
     call = prepare(height, width, batch)
-    gc.collect()
     if device.type == "cpu":
+        gc.collect()
         ctypes.CDLL(None).malloc_trim(0)  # what was freed goes back, to be counted anew
-    if device.type == "cuda":
-        torch.cuda.synchronize()
-        torch.cuda.empty_cache()
-        torch.cuda.reset_peak_memory_stats()
-        before = torch.cuda.memory_allocated()
-        call()
-        torch.cuda.synchronize()
-        return torch.cuda.max_memory_allocated() - before
-    Path("/proc/self/clear_refs").write_text("5")
-    before = _status("VmRSS")
-    call()
-    return _status("VmHWM") - before
-
-
-def _status(name: str) -> int:
-    for line in Path("/proc/self/status").read_text().splitlines():
-        if line.startswith(f"{name}:"):
-            return int(line.split()[1]) * 1024
-    raise OSError(f"/proc/self/status has no {name}")
+    return added_at_peak(call, device)
 
 
 def in_a_process(package: str, net: str, height: int, width: int, batch: int, mode: str) -> int:
-    # Without the threshold glibc keeps freed blocks for itself, and their number would be measured.
-    environment = {**os.environ, "MALLOC_MMAP_THRESHOLD_": "65536"}
     arguments = [package, net, str(height), str(width), str(batch), mode]
     done = subprocess.run(
         [sys.executable, __file__, "--one", *arguments],
-        env=environment,
+        env={**os.environ, **ENVIRONMENT},
         capture_output=True,
         text=True,
     )

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from goals import GOALS, Goal, Results, image_size
@@ -46,6 +46,24 @@ def markdown(results: Results, plots: dict[str, str] | None = None) -> str:
         _section("How it was measured", _method(results)),
     ]
     return "\n\n".join(section for section in sections if section) + "\n"
+
+
+def head(
+    title: str, results: Mapping[str, Any], packages: Sequence[str], also: str = ""
+) -> list[str]:
+    """The first lines of a page of one subject, before what it says itself.
+
+    Args:
+        results: with what ``machine.this_run()`` gathers; versions of further packages by name, if
+            there are any, under ``packages``.
+        packages: whose versions matter.
+        also: a sentence on what was measured.
+    """
+    versions = {**results["machine"], **results.get("packages", {})}
+    beside = ", ".join(f"{package} {versions.get(package, 'absent')}" for package in packages)
+    load = "unknown" if results["load"] is None else f"{results['load']:.1f}"
+    where = f"{versions['CPU']}; {beside}; load in the minute before {load}. {also}"
+    return [f"# {title}", "", f"`{results['command']}`", "", where.strip(), ""]
 
 
 def table(header: Sequence[str], rows: Iterable[Sequence[str]]) -> str:

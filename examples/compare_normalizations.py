@@ -12,7 +12,7 @@ import argparse
 from pathlib import Path
 
 import torch
-from demo import RANDOM, load_model
+from demo import RANDOM, add_arguments, load_model
 
 from lpips_fast.analysis import compare_normalizations, describe, layer_names
 from lpips_fast.images import read_image
@@ -24,9 +24,7 @@ HERE = Path(__file__).resolve().parent
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--net", default="alex", choices=["alex", "vgg", "squeeze"])
-    parser.add_argument("--weights", type=Path, help="a file or folder with the trunk's weights")
-    parser.add_argument("--output", type=Path, default=Path("demo_output"))
+    add_arguments(parser)
     options = parser.parse_args()
 
     try:

@@ -21,26 +21,41 @@ HERE = Path(__file__).resolve().parent
 RANDOM = "The trunk is random: no ImageNet weights could be had. These figures are NOT LPIPS."
 
 
-def load_model(net: str, weights: Path | None) -> tuple[lpips_fast.LPIPS, bool]:
-    """LPIPS with real trunk weights wherever they can be had; else a random trunk, and False."""
+def add_arguments(
+    parser: argparse.ArgumentParser, net: str = "alex", output: Path = Path("demo_output")
+) -> None:
+    """The arguments that the examples have in common, with the defaults of one."""
+    parser.add_argument("--net", default=net, choices=["alex", "vgg", "squeeze"])
+    parser.add_argument("--weights", type=Path, help="a file or folder with the trunk's weights")
+    parser.add_argument("--output", type=Path, default=output)
+
+
+def find_trunk(net: str, weights: Path | None) -> bool:
+    """Whether real trunk weights can be had; where they cannot, it is told."""
     beside = HERE.parents[1] / "shared" / "weights"
     if weights is None and "LPIPS_FAST_WEIGHTS" not in os.environ and beside.is_dir():
         os.environ["LPIPS_FAST_WEIGHTS"] = str(beside)
     try:
-        return lpips_fast.LPIPS(net=net, weights=weights, verbose=False), True
+        lpips_fast.weights.load_trunk_weights(net, weights)
     except WeightsNotFoundError as error:
         if weights is not None:
             raise
         print(f"{RANDOM}\n({error})\n")
-        torch.manual_seed(0)
-        return lpips_fast.LPIPS(net=net, pnet_rand=True, verbose=False), False
+        return False
+    return True
+
+
+def load_model(net: str, weights: Path | None) -> tuple[lpips_fast.LPIPS, bool]:
+    """LPIPS with real trunk weights wherever they can be had; else a random trunk, and False."""
+    is_real = find_trunk(net, weights)
+    torch.manual_seed(0)
+    model = lpips_fast.LPIPS(net=net, weights=weights, pnet_rand=not is_real, verbose=False)
+    return model, is_real
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--net", default="alex", choices=["alex", "vgg", "squeeze"])
-    parser.add_argument("--weights", type=Path, help="a file or folder with the trunk's weights")
-    parser.add_argument("--output", type=Path, default=Path("demo_output"))
+    add_arguments(parser)
     options = parser.parse_args()
 
     try:
@@ -67,6 +82,7 @@ def main() -> None:
             maps[name],
             options.output / f"ref_{name}.png",
             title=f"Where {name}, the {distortion} copy, differs from the reference",
+            quantity="LPIPS distance" if is_real else "random-trunk distance",
             label=f"{options.net}, version 0.1" if is_real else "RANDOM trunk, not LPIPS",
             distance=distances[name],
             image0=images["ref"],

@@ -15,7 +15,7 @@ import argparse
 from pathlib import Path
 
 import torch
-from demo import RANDOM, load_model
+from demo import RANDOM, add_arguments, load_model
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from torch import Tensor
@@ -85,11 +85,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--start", default=str(HERE / "images" / "ex_p1.png"), help="or 'noise'")
     parser.add_argument("--target", type=Path, default=HERE / "images" / "ex_ref.png")
-    parser.add_argument("--net", default="vgg", choices=["alex", "vgg", "squeeze"])
-    parser.add_argument("--weights", type=Path, help="a file or folder with the trunk's weights")
     parser.add_argument("--steps", type=int, default=300)
     parser.add_argument("--rate", type=float, default=0.02, help="Adam's learning rate")
-    parser.add_argument("--output", type=Path, default=Path("demo_output/optimize_image.png"))
+    add_arguments(parser, net="vgg", output=Path("demo_output/optimize_image.png"))
     options = parser.parse_args()
     if options.steps < 1:
         parser.error("--steps must be at least 1")

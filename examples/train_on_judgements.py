@@ -11,37 +11,19 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
 from pathlib import Path
 
 import numpy as np
 import torch
 import torch.nn.functional as F
+from demo import RANDOM, add_arguments, find_trunk
 from torch import Tensor
 
 import lpips_fast
 from lpips_fast.judgements import TwoAFCDataset
 from lpips_fast.scoring import evaluate_2afc, triplet_distances
 from lpips_fast.training import Trainer, TrainingOptions, new_model
-from lpips_fast.weights import WeightsError, WeightsNotFoundError
-
-HERE = Path(__file__).resolve().parent
-RANDOM = "The trunk is random: no ImageNet weights could be had. What is learned is NOT LPIPS."
-
-
-def find_trunk(net: str, weights: Path | None) -> bool:
-    """Whether ImageNet weights of the trunk can be had."""
-    beside = HERE.parents[1] / "shared" / "weights"
-    if weights is None and "LPIPS_FAST_WEIGHTS" not in os.environ and beside.is_dir():
-        os.environ["LPIPS_FAST_WEIGHTS"] = str(beside)
-    try:
-        lpips_fast.weights.load_trunk_weights(net, weights)
-    except WeightsNotFoundError as error:
-        if weights is not None:
-            raise
-        print(f"{RANDOM}\n({error})\n")
-        return False
-    return True
+from lpips_fast.weights import WeightsError
 
 
 def texture(generator: torch.Generator) -> Tensor:
@@ -109,11 +91,9 @@ def to_8_bit(patch: Tensor) -> np.ndarray:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--net", default="alex", choices=["alex", "vgg", "squeeze"])
-    parser.add_argument("--weights", type=Path, help="a file or folder with the trunk's weights")
     parser.add_argument("--triplets", type=int, default=1000)
     parser.add_argument("--epochs", type=int, default=40)
-    parser.add_argument("--output", type=Path, default=Path("demo_output") / "training")
+    add_arguments(parser, output=Path("demo_output") / "training")
     options = parser.parse_args()
 
     try:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import os
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -116,9 +117,19 @@ def _load_torchscript(path: Path, threads: int) -> _Loaded:
     return text.decode() if isinstance(text, bytes) else text, run
 
 
+@functools.cache
+def _openvino_core() -> Any:
+    """OpenVINO's runtime: one for the process, and never released.
+
+    Its CPU plugin gives the thread that loads it another signal stack, and when it goes unmaps that
+    stack, but gives the old one back only to the thread that lets it go. Garbage collection may
+    be another. Then the first thread's next signal kills the process (OpenVINO 2026.4).
+    """
+    return require("openvino", "openvino", "running OpenVINO's files").Core()
+
+
 def _load_openvino(path: Path, threads: int) -> _Loaded:
-    openvino = require("openvino", "openvino", "running OpenVINO's files")
-    core = openvino.Core()
+    core = _openvino_core()
     network = core.read_model(str(path))
     text = network.get_rt_info([RECORD_KEY]).astype(str) if network.has_rt_info(RECORD_KEY) else ""
     options = {"INFERENCE_PRECISION_HINT": "f32", "INFERENCE_NUM_THREADS": threads}

@@ -28,7 +28,6 @@ PICTURE_SUFFIXES = (".png", ".pdf", ".svg", ".jpg", ".jpeg", ".webp")
 
 # Dark is alike and bright is different, in equal perceived steps, in grayscale print as well.
 _COLOUR_MAP = "magma"
-_COLOUR_BAR_LABEL = "LPIPS distance per position"
 
 # Inches. Pictures of any size become panels of one area, so that text stays readable beside them;
 # no side gets longer than a screen, and a panel's place is never narrower than its title.
@@ -52,6 +51,7 @@ def save_heatmap(
     path: str | os.PathLike[str],
     *,
     title: str | None = None,
+    quantity: str = "LPIPS distance",
     label: str | None = None,
     distance: float | None = None,
     image0: torch.Tensor | NDArray[Any] | None = None,
@@ -66,8 +66,10 @@ def save_heatmap(
         map: (H, W), (1, H, W) or (1, 1, H, W), as ``LPIPS(spatial=True)`` returns it for one pair.
         path: where to; its suffix (:data:`PICTURE_SUFFIXES`) names the format. An existing file is
             replaced.
-        title: the first line above the panels; ``None``: "LPIPS distance map".
-        label: which metric this is, for example ``"alex, version 0.1"``; part of the second line.
+        title: the first line above the panels; ``None``: "LPIPS distance map", by ``quantity``.
+        quantity: what the colours are of, beside the colour bar: something else for the baseline,
+            for another normalisation, or for some of the layers.
+        label: which model it is, for example ``"alex, version 0.1"``; part of the second line.
         distance: the averaged distance of the pair, where it is known; part of the second line. It
             is not quite the mean of the map, which is averaged after each layer was enlarged.
         image0: the first image, drawn to the left: float (3, H, W) or (1, 3, H, W) in [-1, 1], or
@@ -106,10 +108,10 @@ def save_heatmap(
         if image is not None
     ]
 
-    figure = _draw(values, images, vmin, vmax)
+    figure = _draw(values, images, f"{quantity} per position", vmin, vmax)
     # File names hold dollar signs; parse_math=False keeps them from being read as formulas.
     width, height = figure.get_size_inches()
-    heading = _shortened(title or "LPIPS distance map", width * 0.8)
+    heading = _shortened(title or f"{quantity} map", width * 0.8)
     for text, size, inches in ((heading, 12, 0.3), (_summary(values, label, distance), 9.5, 0.53)):
         figure.text(
             0.5, 1 - inches / height, text, size=size, ha="center", va="center", parse_math=False
@@ -191,6 +193,7 @@ def _summary(values: NDArray[np.float32], label: str | None, distance: float | N
 def _draw(
     values: NDArray[np.float32],
     images: list[tuple[str, NDArray[np.uint8]]],
+    bar_label: str,
     vmin: float,
     vmax: float | None,
 ) -> Figure:
@@ -261,7 +264,9 @@ def _draw(
     bar = figure.colorbar(
         drawn, cax=bar_axes, extend=extend, orientation="horizontal" if stacked else "vertical"
     )
-    bar.set_label(_COLOUR_BAR_LABEL, fontsize=10)
+    # A long name gets smaller rather than longer than the bar: about 12 characters an inch.
+    size = min(10.0, 10 * 12 * length / len(bar_label))
+    bar.set_label(bar_label, fontsize=size, parse_math=False)
     bar.ax.tick_params(labelsize=9)
     return figure
 

@@ -3,10 +3,9 @@
 **Time** is the median of calls in this process, the trunks in turn, so that a machine that is busy
 for a while slows all of them.
 
-**Memory** is the weights and what one call adds at its peak, without its images. A CUDA device's
-allocator tells it. On a CPU it takes a process of its own: it calls once on small images, so that
-libraries and prepared weights are in place, has Linux forget the highest memory use so far, calls,
-and reads how far above the start memory use went. Elsewhere it is not known.
+**Memory** is the weights and what one call adds at its peak, without its images
+(:mod:`lpips_fast.peak_memory`). On a CPU it takes a process of its own, and Linux. Elsewhere it is
+not known.
 
 Trunks have random weights, whose speed is that of trained ones, so that nothing is downloaded.
 What was measured is kept under ``$XDG_CACHE_HOME/lpips_fast/trunk-costs``, a file a measurement,
@@ -17,7 +16,6 @@ is measured again.
 from __future__ import annotations
 
 import dataclasses
-import gc
 import hashlib
 import json
 import math
@@ -39,6 +37,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from . import __version__, ops
+from .peak_memory import ENVIRONMENT, added_at_peak, can_measure
 from .trunk import minimum_size
 
 __all__ = ["BUSY", "MODES", "Mode", "Setting", "TrunkCost", "cache_folder", "trunk_costs"]
@@ -227,16 +226,15 @@ def _latencies(
 
 def _memory(net: str, setting: Setting) -> float | None:
     """MiB of the weights and of one call at its peak; ``None`` where nobody tells."""
+    if not can_measure(setting.device):
+        return None
     if setting.device.type == "cuda":
         return _peak_bytes(net, setting) / MIB
-    if setting.device.type != "cpu" or not Path("/proc/self/clear_refs").exists():
-        return None
-    # Without the threshold glibc keeps freed blocks for itself, and their number would be measured.
     root = str(Path(__file__).resolve().parents[1])
     paths = [root, *filter(None, [os.environ.get("PYTHONPATH")])]
     environment = {
         **os.environ,
-        "MALLOC_MMAP_THRESHOLD_": "65536",
+        **ENVIRONMENT,
         "PYTHONPATH": os.pathsep.join(paths),
     }
     dtype = str(setting.dtype).removeprefix("torch.")
@@ -264,25 +262,7 @@ def _peak_bytes(net: str, setting: Setting) -> int:
     small()
     del small
     call, held = _call(net, setting, setting.image_size)
-    gc.collect()
-    if setting.device.type == "cuda":
-        torch.cuda.synchronize(setting.device)
-        torch.cuda.reset_peak_memory_stats(setting.device)
-        before = torch.cuda.memory_allocated(setting.device)
-        call()
-        torch.cuda.synchronize(setting.device)
-        return held + torch.cuda.max_memory_allocated(setting.device) - before
-    Path("/proc/self/clear_refs").write_text("5")  # forgets the highest memory use so far
-    before = _status("VmRSS")
-    call()
-    return held + _status("VmHWM") - before
-
-
-def _status(name: str) -> int:
-    for line in Path("/proc/self/status").read_text().splitlines():
-        if line.startswith(f"{name}:"):
-            return int(line.split()[1]) * 1024
-    raise OSError(f"/proc/self/status has no {name}")
+    return held + added_at_peak(call, setting.device)
 
 
 # ------------------------------------------------------------------------------ keeping

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import importlib.util
 import os
 import subprocess
 import sys
 import textwrap
+from collections.abc import Iterator
 from pathlib import Path
 from types import ModuleType
 
@@ -18,6 +20,13 @@ import lpips_fast.export
 
 REPOSITORY = Path(__file__).resolve().parents[1]
 
+#: What the extras for exported files install, as the marker ``export_runtime`` names them.
+EXPORT_RUNTIMES = {
+    "export": {"onnx", "onnxscript", "onnxruntime"},
+    "openvino": {"onnx", "onnxscript", "onnxruntime", "openvino"},
+    "coreml": {"coremltools"},
+}
+
 
 def shared_folder(name: str) -> Path | None:
     """A folder of real weights or images beside the repository; a user's clone has none."""
@@ -26,11 +35,31 @@ def shared_folder(name: str) -> Path | None:
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    if torch.cuda.is_available():
-        return
     for item in items:
-        if item.get_closest_marker("cuda"):
+        if item.get_closest_marker("cuda") and not torch.cuda.is_available():
             item.add_marker(pytest.mark.skip(reason="no CUDA device"))
+        for extra in export_extras(item):
+            # Looked for, not imported: see the marker in pyproject.toml.
+            absent = {p for p in EXPORT_RUNTIMES[extra] if importlib.util.find_spec(p) is None}
+            if absent:
+                reason = f"{', '.join(sorted(absent))} not installed: extra {extra}"
+                item.add_marker(pytest.mark.skip(reason=reason))
+
+
+def export_extras(item: pytest.Item) -> set[str]:
+    """The extras whose packages a test imports, as its markers say."""
+    return {mark.args[0] for mark in item.iter_markers("export_runtime")}
+
+
+@pytest.fixture(autouse=True)
+def export_runtimes_are_marked(request: pytest.FixtureRequest) -> Iterator[None]:
+    """Holds the marker to what it says: no other test imports such a runtime."""
+    runtimes = set().union(*EXPORT_RUNTIMES.values())
+    before = runtimes & sys.modules.keys()
+    yield
+    found = (runtimes & sys.modules.keys()) - before
+    marked = set().union(*(EXPORT_RUNTIMES[extra] for extra in export_extras(request.node)))
+    assert found <= marked, f"imports {sorted(found - marked)}: mark it export_runtime"
 
 
 @pytest.fixture(scope="session")
@@ -83,12 +112,21 @@ def exportable() -> lpips_fast.LPIPS:
 
 @pytest.fixture(scope="session")
 def onnx_file(exportable: lpips_fast.LPIPS, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """:func:`exportable` as an ONNX file of any batch, height and width."""
-    for package in ("onnx", "onnxscript", "onnxruntime"):
-        pytest.importorskip(package, reason=f"{package} is not installed: extra export")
+    """:func:`exportable` as an ONNX file of any batch, height and width.
+
+    For tests that are marked ``export_runtime("export")``.
+    """
     path = tmp_path_factory.mktemp("onnx") / "alex.onnx"
     lpips_fast.export.export_onnx(exportable, path)
     return path
+
+
+@pytest.fixture
+def generator() -> torch.Generator:
+    """Of fresh random numbers; the seed is printed, for a test that fails."""
+    generator = torch.Generator()
+    print(f"seed {generator.seed()}")
+    return generator
 
 
 @pytest.fixture

@@ -23,6 +23,10 @@ MODES = {
     "spatial": {"spatial": True},
     "spatial baseline": {"lpips": False, "spatial": True},
 }
+#: A loss, as most use it: a frozen trunk, a fixed target, and an image so large that every layer
+#: goes its usual way, as arguments of :func:`compare`.
+AS_A_LOSS = {"batch": 1, "size": (163, 147), "frozen": True}
+LOSS_MODES = ("distance", "spatial")
 
 
 class Errors(NamedTuple):
@@ -125,9 +129,20 @@ def table(reference: ModuleType) -> str:
     for net, version, mode in itertools.product(NETS, VERSIONS, MODES):
         cells = []
         for dtype in (torch.float32, torch.float64):
-            cells += compare(reference, net, version, mode, dtype)
-        numbers = " | ".join(f"{x:.1e}" for x in cells)
-        lines.append(f"| {net} | {version} | {mode} | {numbers} |")
+            cells += [f"{x:.1e}" for x in compare(reference, net, version, mode, dtype)]
+        lines.append(f"| {net} | {version} | {mode} | {' | '.join(cells)} |")
+    for net, mode in itertools.product(NETS, LOSS_MODES):
+        cells = []
+        for dtype in (torch.float32, torch.float64):
+            # A gradient near a kink differs by much more than others: its least and its most.
+            images = (
+                compare(reference, net, "0.1", mode, dtype, seed=seed, **AS_A_LOSS)
+                for seed in range(3)
+            )
+            values, gradients, weights = zip(*images)
+            least, most = (f"{x(gradients):.1e}" for x in (min, max))
+            cells += [f"{max(values):.1e}", f"{least} to {most}", f"{max(weights):.1e}"]
+        lines.append(f"| {net}, frozen | 0.1 | {mode} | {' | '.join(cells)} |")
     return "\n".join(lines)
 
 

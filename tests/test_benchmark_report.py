@@ -177,3 +177,21 @@ def test_a_bfloat16_line_shows_lpips_under_autocast_too(report) -> None:
 
 def test_plots_are_linked_by_their_captions(report) -> None:
     assert "![Speed](cpu-speed.png)" in report.markdown(results(case()), {"Speed": "cpu-speed.png"})
+
+
+def test_the_head_of_a_page_says_what_ran_where_and_beside_what(report) -> None:
+    data = {
+        "command": "python benchmarks/bench_export.py",
+        "load": 0.25,
+        "machine": {"CPU": "Some CPU, 2 cores", "torch": "2.13.0"},
+        "packages": {"onnx": "1.23"},
+    }
+    assert report.head("Files", data, ["torch", "lpips", "onnx"]) == [
+        *("# Files", "", "`python benchmarks/bench_export.py`", ""),
+        "Some CPU, 2 cores; torch 2.13.0, lpips absent, onnx 1.23; load in the minute before 0.2.",
+        "",
+    ]
+    told = report.head("Files", {**data, "load": None}, ["torch"], "All of them.")[4]
+    assert (
+        told == "Some CPU, 2 cores; torch 2.13.0; load in the minute before unknown. All of them."
+    )

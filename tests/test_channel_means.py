@@ -14,13 +14,6 @@ from lpips_fast.weights import WeightsError
 SHAPES = ((3, 8, 5, 7), (3, 33, 2, 2), (3, 64, 1, 1))
 
 
-@pytest.fixture
-def generator() -> torch.Generator:
-    generator = torch.Generator()
-    print(f"seed {generator.seed()}")
-    return generator
-
-
 def features(generator: torch.Generator, dtype: torch.dtype, channels_last: bool) -> list[Tensor]:
     layout = torch.channels_last if channels_last else torch.contiguous_format
     return [

@@ -335,7 +335,7 @@ def test_an_unforeseen_error_says_so(
     def broken(*arguments: Any, **options: Any) -> None:
         raise TypeError("no such\nthing")
 
-    monkeypatch.setattr(cli.pair, "read_image", broken)
+    monkeypatch.setattr(cli.image_files, "read_image", broken)
     assert_failed(run(*images), "TypeError: no such thing (this is a bug; --debug shows where)")
 
 
@@ -345,7 +345,7 @@ def test_an_interrupt_ends_quietly(
     def interrupted(*arguments: Any, **options: Any) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(cli.pair, "read_image", interrupted)
+    monkeypatch.setattr(cli.image_files, "read_image", interrupted)
     assert run(*images) == (130, "", "")
 
 

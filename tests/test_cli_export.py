@@ -60,9 +60,8 @@ def test_check_fails_beyond_its_tolerance(capsys, tmp_path):
     assert "from the model, expected at most -1" in err.splitlines()[-1]
 
 
+@pytest.mark.export_runtime("export")
 def test_int8(capsys, tmp_path, folder):
-    pytest.importorskip("onnxruntime", reason="onnxruntime is not installed: extra export")
-    pytest.importorskip("onnxscript", reason="onnxscript is not installed: extra export")
     path = tmp_path / "m.onnx"
     code, out, _ = run(
         capsys,

@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from lpips_fast import LPIPS, cli
-from lpips_fast.cli.model import add_model_arguments, load_model, metric_name
+from lpips_fast.cli.model import add_model_arguments, distance_name, load_model, metric_name
 
 Image = pytest.importorskip("PIL.Image", reason="the command line reads images with Pillow")
 
@@ -48,6 +48,22 @@ def run(capsys: pytest.CaptureFixture[str]) -> Any:
 
 
 class TestNames:
+    @pytest.mark.parametrize(
+        ("arguments", "name"),
+        [
+            ([], "LPIPS"),
+            (["--baseline"], "baseline"),
+            (["--normalization", "l1"], "LPIPS (l1)"),
+            (["--layers", "2,0"], "LPIPS (2 layers)"),
+            (["--normalization", "max", "--layers", "3"], "LPIPS (max, 1 layer)"),
+        ],
+    )
+    def test_in_few_words_beside_a_scale(self, arguments: list[str], name: str):
+        options = parsed(*arguments)
+        assert distance_name(options).startswith("random-trunk ")
+        options.random_trunk = False
+        assert distance_name(options) == f"{name} distance"
+
     def test_the_default_is_lpips(self):
         assert metric_name(parsed()) == "random trunk, not LPIPS: LPIPS alex, version 0.1"
 

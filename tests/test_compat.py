@@ -18,13 +18,6 @@ from lpips_fast.images import ImageError
 
 
 @pytest.fixture
-def generator() -> torch.Generator:
-    generator = torch.Generator()
-    print(f"seed {generator.seed()}")
-    return generator
-
-
-@pytest.fixture
 def skimage() -> Any:
     return pytest.importorskip("skimage", reason="Lab and SSIM need scikit-image")
 

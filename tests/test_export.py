@@ -41,12 +41,14 @@ def assert_same(exported, model, pair, normalize: bool = False) -> None:
 # ------------------------------------------------------------------------------------------- ONNX
 
 
+@pytest.mark.export_runtime("export")
 def test_onnx_takes_any_batch_height_and_width(exportable, onnx_file):
     exported = load_exported(onnx_file)
     for shape in ((1, 31, 31), (1, 64, 64), (3, 67, 83), (2, 100, 33)):
         assert_same(exported, exportable, fresh_pair(shape))
 
 
+@pytest.mark.export_runtime("export")
 def test_onnx_gives_exactly_zero_for_identical_images(onnx_file):
     exported = load_exported(onnx_file)
     for shape in ((1, 31, 31), (3, 67, 83), (4, 64, 64)):
@@ -56,6 +58,7 @@ def test_onnx_gives_exactly_zero_for_identical_images(onnx_file):
         assert torch.equal(exported(zeros, zeros), torch.zeros(shape[0]))
 
 
+@pytest.mark.export_runtime("export")
 def test_onnx_is_finite_on_zero_images_and_symmetric(exportable, onnx_file):
     exported = load_exported(onnx_file)
     image, _ = fresh_pair((2, 48, 48))
@@ -64,6 +67,7 @@ def test_onnx_is_finite_on_zero_images_and_symmetric(exportable, onnx_file):
     assert torch.equal(exported(*pair), exported(*reversed(pair)))
 
 
+@pytest.mark.export_runtime("export")
 def test_onnx_holds_standard_operators_and_nothing_of_this_machine(onnx_file):
     import onnx
 
@@ -79,8 +83,8 @@ def test_onnx_holds_standard_operators_and_nothing_of_this_machine(onnx_file):
         assert trace not in written
 
 
+@pytest.mark.export_runtime("export")
 def test_onnx_of_one_size_of_maps_in_the_unit_range(tmp_path):
-    pytest.importorskip("onnxruntime", reason="onnxruntime is not installed: extra export")
     model = squeeze(spatial=True)
     record = export.export_onnx(
         model, tmp_path / "m.onnx", image_size=(40, 51), batch=2, dynamic="none", normalize=True
@@ -93,10 +97,10 @@ def test_onnx_of_one_size_of_maps_in_the_unit_range(tmp_path):
     assert exported.record == record
 
 
+@pytest.mark.export_runtime("export")
 def test_onnx_with_the_real_weights_gives_the_published_numbers(
     real_weights, example_images, tmp_path
 ):
-    pytest.importorskip("onnxruntime", reason="onnxruntime is not installed: extra export")
     from lpips_fast.images import read_image
 
     model = lpips_fast.LPIPS(net="alex", weights=real_weights, verbose=False)
@@ -166,8 +170,8 @@ def test_file_runs_without_this_package(shallow, tmp_path, run_python, name):
 # ---------------------------------------------------------------------------------- other runtimes
 
 
+@pytest.mark.export_runtime("openvino")
 def test_openvino(shallow, tmp_path):
-    pytest.importorskip("openvino", reason="openvino is not installed: extra openvino")
     export.export_openvino(shallow, tmp_path / "m.xml")
     exported = load_exported(tmp_path / "m.xml")
     for shape in ((1, 31, 31), (3, 45, 67)):
@@ -176,8 +180,8 @@ def test_openvino(shallow, tmp_path):
     assert torch.equal(exported(image, image), torch.zeros(3))
 
 
+@pytest.mark.export_runtime("coreml")
 def test_coreml_is_written_in_float32(exportable, tmp_path):
-    pytest.importorskip("coremltools", reason="coremltools is not installed: extra coreml")
     import coremltools
 
     record = export.export_coreml(exportable, tmp_path / "m.mlpackage", image_size=(40, 48))
@@ -192,8 +196,8 @@ def test_coreml_is_written_in_float32(exportable, tmp_path):
     assert coremltools.proto.MIL_pb2.DataType.FLOAT16 not in types
 
 
+@pytest.mark.export_runtime("coreml")
 def test_coreml_refuses_maps_of_a_dynamic_size(tmp_path):
-    pytest.importorskip("coremltools", reason="coremltools is not installed: extra coreml")
     with pytest.raises(export.ExportError, match="dynamic='batch' or 'none'"):
         export.export_coreml(squeeze(spatial=True), tmp_path / "m.mlpackage")
 
@@ -220,14 +224,14 @@ def test_missing_folder(exportable, tmp_path):
     ("package", "suffix", "extra"),
     [
         ("onnx", ".onnx", "export"),
-        ("onnxscript", ".onnx", "export"),
+        pytest.param(
+            *("onnxscript", ".onnx", "export"), marks=pytest.mark.export_runtime("export")
+        ),
         ("openvino", ".xml", "openvino"),
         ("coremltools", ".mlpackage", "coreml"),
     ],
 )
 def test_missing_package(exportable, tmp_path, monkeypatch, package, suffix, extra):
-    if package == "onnxscript":
-        pytest.importorskip("onnx", reason="onnx is not installed: extra export")
     monkeypatch.setitem(sys.modules, package, None)
     says = rf"needs {package}: pip install \"lpips-fast\[{extra}\]\""
     with pytest.raises(ImportError, match=says):
@@ -249,6 +253,7 @@ def test_wrong_arguments(exportable):
         export.export_program(torch.nn.Linear(2, 2))
 
 
+@pytest.mark.export_runtime("export")
 def test_a_record_survives_its_text(exportable, onnx_file):
     record = load_exported(onnx_file).record
     assert export.Record.from_json(record.to_json()) == record

@@ -105,16 +105,54 @@ def test_refuses_what_it_cannot_run(tmp_path):
         load_exported(tmp_path / "m.h5")
 
 
-@pytest.mark.parametrize("suffix", [".onnx", ".pt2", ".ts", ".xml"])
+@pytest.mark.parametrize(
+    "suffix",
+    [
+        *(".pt2", ".ts"),
+        pytest.param(".onnx", marks=pytest.mark.export_runtime("export")),
+        pytest.param(".xml", marks=pytest.mark.export_runtime("openvino")),
+    ],
+)
 def test_refuses_a_damaged_file(tmp_path, suffix):
-    package = {".onnx": "onnxruntime", ".xml": "openvino"}.get(suffix)
-    if package:
-        pytest.importorskip(package, reason=f"{package} is not installed")
     path = tmp_path / f"m{suffix}"
     path.write_bytes(b"not a model")
     with pytest.raises(export.ExportError, match="cannot be read") as error:
         load_exported(path)
     assert "\n" not in str(error.value)
+
+
+@pytest.mark.export_runtime("openvino")
+def test_signals_arrive_after_a_network_went_on_another_thread(tmp_path, run_python):
+    """As garbage collection has it: OpenVINO takes a signal stack with it, if it is let."""
+    import openvino
+    from openvino import opset13 as operators
+
+    images = [operators.parameter([1, 3, 40, 40], name=name) for name in ("in0", "in1")]
+    for image, name in zip(images, ("in0", "in1")):
+        image.output(0).set_names({name})
+    network = openvino.Model([operators.subtract(*images)], images, "difference")
+    weights = parity.trunk_weights("alex")
+    model = lpips_fast.LPIPS(net="alex", weights=weights, layers=(0,), verbose=False)
+    record = export.export_torchscript(model, tmp_path / "m.ts")
+    network.set_rt_info(record.to_json(), [export.RECORD_KEY])
+    openvino.save_model(network, str(tmp_path / "m.xml"))
+    text = run_python(
+        f"""
+        import faulthandler, signal, threading
+        import torch
+        from lpips_fast.exported import load_exported
+
+        faulthandler.enable()  # handlers of Python run on a signal stack, if there is one
+        signal.signal(signal.SIGUSR1, lambda *_: print("arrived"))
+        held = [load_exported({str(tmp_path / "m.xml")!r})]
+        held[0](torch.zeros(1, 3, 40, 40), torch.zeros(1, 3, 40, 40))
+        thread = threading.Thread(target=held.clear)
+        thread.start()
+        thread.join()
+        signal.raise_signal(signal.SIGUSR1)
+        """
+    )
+    assert text == "arrived\n"
 
 
 def test_refuses_a_file_of_others(tmp_path):

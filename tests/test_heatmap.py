@@ -16,13 +16,6 @@ matplotlib = pytest.importorskip("matplotlib", reason="drawing needs Matplotlib"
 Image = pytest.importorskip("PIL.Image", reason="looking at the picture needs Pillow")
 
 
-@pytest.fixture
-def generator() -> torch.Generator:
-    generator = torch.Generator()
-    print(f"seed {generator.seed()}")
-    return generator
-
-
 def pixels_of(path: Path) -> np.ndarray:
     with Image.open(path) as image:
         return np.asarray(image.convert("RGB")).astype(int)
@@ -125,6 +118,14 @@ def test_what_the_picture_says(tmp_path: Path) -> None:
         "LPIPS distance per position",
     ):
         assert part in text
+
+
+def test_distances_that_are_not_lpips_have_another_name(tmp_path: Path) -> None:
+    path = save_heatmap(np.eye(8), tmp_path / "map.svg", quantity="LPIPS (l1, $2 layers) distance")
+    text = path.read_text(encoding="utf-8")
+    assert "LPIPS (l1, $2 layers) distance per position" in text
+    assert "LPIPS (l1, $2 layers) distance map" in text
+    assert "LPIPS distance" not in text
 
 
 def test_the_callers_own_figures_are_left_alone(tmp_path: Path) -> None:

@@ -40,13 +40,6 @@ each = pytest.mark.parametrize("kind", KINDS)
 others = pytest.mark.parametrize("kind", OTHERS)
 
 
-@pytest.fixture
-def generator() -> torch.Generator:
-    generator = torch.Generator()
-    print(f"seed {generator.seed()}")
-    return generator
-
-
 @pytest.fixture(scope="module")
 def models() -> dict[str, LPIPS]:
     return {kind: model_of("squeeze", normalization=kind) for kind in KINDS}

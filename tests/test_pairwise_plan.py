@@ -13,6 +13,7 @@ from parity import NETS
 from lpips_fast import LPIPS
 from lpips_fast.embedding import tap_sizes
 from lpips_fast.pairwise import RELATIVE_ERROR, plan
+from lpips_fast.peak_memory import ENVIRONMENT
 
 
 @pytest.fixture(scope="module")
@@ -147,7 +148,7 @@ def test_memory_of_a_run(run_python: Any, net: str, count: int, mebibytes: int) 
         assert matrix[0, -1] == 0 and scheme.groups > 1, scheme
         print(peak - before, scheme.peak_bytes)
         """,
-        MALLOC_MMAP_THRESHOLD_="65536",  # glibc gives back what was freed, so that nothing hides
+        **ENVIRONMENT,
     )
     taken, planned = map(int, report.split())
     print(f"taken {taken / 2**20:.0f} MiB, planned {planned / 2**20:.0f} MiB")

@@ -16,8 +16,7 @@ from lpips_fast.quantization import (
     quantize,
 )
 
-pytest.importorskip("onnxruntime", reason="onnxruntime is not installed: extra export")
-pytest.importorskip("onnxscript", reason="onnxscript is not installed: extra export")
+pytestmark = pytest.mark.export_runtime("export")
 
 
 def some_images(count: int, size: int = 48) -> torch.Tensor:
@@ -88,8 +87,8 @@ def test_dynamic_needs_no_calibration(tmp_path):
     assert torch.equal(load_exported(tmp_path / "m.onnx")(image, image), torch.zeros(2))
 
 
+@pytest.mark.export_runtime("openvino")
 def test_squeezenet_maps_in_openvino(tmp_path):
-    pytest.importorskip("openvino", reason="openvino is not installed: extra openvino")
     weights = parity.trunk_weights("squeeze")
     model = lpips_fast.LPIPS(
         net="squeeze", weights=weights, spatial=True, layers=(0, 1, 2), verbose=False

@@ -15,13 +15,6 @@ from lpips_fast import scoring
 from lpips_fast.weights import WeightsError
 
 
-@pytest.fixture
-def generator() -> torch.Generator:
-    generator = torch.Generator()
-    print(f"seed {generator.seed()}")
-    return generator
-
-
 @pytest.fixture(scope="module")
 def model() -> lpips_fast.LPIPS:
     return lpips_fast.LPIPS(weights=trunk_weights("alex"), verbose=False)

@@ -12,6 +12,7 @@ import pytest
 import torch
 
 from lpips_fast import trunk_costs
+from lpips_fast.peak_memory import can_measure
 from lpips_fast.trunk_costs import Setting, TrunkCost
 
 CPU = torch.device("cpu")
@@ -170,7 +171,7 @@ def test_memory_that_cannot_be_measured_is_told(monkeypatch):
         trunk_costs._memory("alex", SETTING)
     monkeypatch.undo()
     wrong = Setting((1, 1), "forward", torch.float32, CPU)
-    if not Path("/proc/self/clear_refs").exists():
+    if not can_measure(CPU):
         pytest.skip("memory is not measured in a process here")
     with pytest.warns(UserWarning, match="the memory of alex could not be measured: .*too small"):
         assert trunk_costs._memory("alex", wrong) is None

@@ -24,9 +24,8 @@ from ..analysis import (
     layer_maps,
     layer_names,
 )
-from ..images import read_image
-from .command import Command, CommandError, print_to
-from .image_files import add_alpha_argument
+from .command import Command, CommandError, add_json_argument, print_to
+from .image_files import add_alpha_argument, read_one_size, size_text
 from .model import add_model_arguments, load_model, metric_name
 
 if TYPE_CHECKING:
@@ -52,23 +51,13 @@ def _add_arguments(parser: argparse.ArgumentParser) -> None:
         action="store_true",
         help="one colour scale for the maps of all layers, instead of one each",
     )
-    parser.add_argument(
-        "--json", action="store_true", help="one JSON object on standard output, nothing else"
-    )
+    add_json_argument(parser)
 
 
 def _run(options: argparse.Namespace) -> None:
     plots.require_matplotlib()
     _check_targets(options)
-    reference, *images = (
-        read_image(path, alpha=options.alpha) for path in (options.reference, *options.images)
-    )
-    for path, image in zip(options.images, images):
-        if image.shape != reference.shape:
-            raise CommandError(
-                f"the images differ in size: {options.reference} is {_size(reference)} and "
-                f"{path} is {_size(image)} pixels; crop or resize one of them"
-            )
+    reference, *images = read_one_size((options.reference, *options.images), options.alpha)
     # Whatever a library prints while it works is not part of the result.
     with contextlib.redirect_stdout(sys.stderr), torch.no_grad():
         model = load_model(options)
@@ -169,7 +158,7 @@ def _words(
     files: list[Path],
 ) -> str:
     lines = [f"{metric_name(options)}, {options.device}"]
-    lines.append(f"  {options.reference}  ({_size(reference)})  against")
+    lines.append(f"  {options.reference}  ({size_text(reference)})  against")
     lines += [
         f"  {path}: {distance:.4g}"
         for path, distance in zip(options.images, contributions.distances.tolist())
@@ -227,10 +216,6 @@ def _report(
         "package_version": __version__,
         "torch_version": torch.__version__,
     }
-
-
-def _size(image: torch.Tensor) -> str:
-    return f"{image.shape[-1]}x{image.shape[-2]}"
 
 
 COMMAND = Command(

@@ -23,7 +23,7 @@ from .. import __version__
 from ..ops import LOADED_LIBRARIES
 from ..trunk import TRUNKS, minimum_size
 from . import argument_types
-from .command import Command, CommandError, print_to, tell
+from .command import Command, CommandError, add_json_argument, print_to, tell
 from .device import to_device
 
 # Each case is looked at so many times, in turn with all others.
@@ -66,9 +66,7 @@ def _add_bench_arguments(parser: argparse.ArgumentParser) -> None:
         default=torch.device("cpu"),
         help="cpu (default), cuda, cuda:1 …",
     )
-    parser.add_argument(
-        "--json", action="store_true", help="one JSON object on standard output, nothing else"
-    )
+    add_json_argument(parser)
 
 
 def _run_bench(options: argparse.Namespace) -> None:

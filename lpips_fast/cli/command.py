@@ -32,6 +32,13 @@ class Command:
     run: Callable[[argparse.Namespace], None]
 
 
+def add_json_argument(parser: argparse.ArgumentParser) -> None:
+    """``--json``, of every sub-command that can report to a program."""
+    parser.add_argument(
+        "--json", action="store_true", help="one JSON object on standard output, nothing else"
+    )
+
+
 def tell(kind: str, message: str) -> None:
     print_to(f"{PROGRAM}: {kind}: {message}", sys.stderr)
 

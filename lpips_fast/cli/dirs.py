@@ -27,7 +27,7 @@ from ..results import ResultFile
 from ..trunk import TRUNKS
 from ..weights import locate_trunk_weights
 from . import argument_types
-from .command import Command, CommandError, print_to, tell
+from .command import Command, CommandError, add_json_argument, print_to, tell
 from .image_files import add_alpha_argument
 from .model import add_model_arguments, layers_text, load_model, metric_name
 
@@ -90,9 +90,7 @@ def _add_dirs_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="N",
         help="threads that read images, and on a CPU compute (default: one a core)",
     )
-    parser.add_argument(
-        "--json", action="store_true", help="one JSON object on standard output, nothing else"
-    )
+    add_json_argument(parser)
 
 
 def _run_dirs(options: argparse.Namespace) -> None:

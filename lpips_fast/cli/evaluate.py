@@ -14,7 +14,7 @@ from .. import __version__
 from ..judgements import JNDDataset, TwoAFCDataset
 from ..scoring import evaluate_2afc, evaluate_jnd
 from ..weights import read_state_dict
-from .command import Command, CommandError, print_to
+from .command import Command, CommandError, add_json_argument, print_to
 from .device import to_device
 from .judgement_data import add_judgement_arguments
 from .model import add_model_arguments, in_dtype, load_model, metric_name, model_options
@@ -45,9 +45,7 @@ def _add_evaluate_arguments(parser: argparse.ArgumentParser) -> None:
     )
     add_judgement_arguments(parser)
     parser.add_argument("--batch-size", type=int, default=50, metavar="N", help="default: 50")
-    parser.add_argument(
-        "--json", action="store_true", help="one JSON object on standard output, nothing else"
-    )
+    add_json_argument(parser)
 
 
 def _run_evaluate(options: argparse.Namespace) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 
 from . import pair
-from .command import Command
+from .command import Command, add_json_argument
 from .image_files import add_alpha_argument
 from .model import add_model_arguments
 
@@ -21,9 +21,7 @@ def _add_map_arguments(parser: argparse.ArgumentParser) -> None:
     )
     add_model_arguments(parser)
     add_alpha_argument(parser)
-    parser.add_argument(
-        "--json", action="store_true", help="one JSON object on standard output, nothing else"
-    )
+    add_json_argument(parser)
     parser.set_defaults(per_layer=False)
 
 

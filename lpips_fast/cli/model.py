@@ -137,3 +137,15 @@ def metric_name(options: argparse.Namespace) -> str:
     if options.dtype != "float32":
         other += f", {options.dtype}"
     return f"{trunk}{metric} {options.net}, version {options.version}{other}"
+
+
+def distance_name(options: argparse.Namespace) -> str:
+    """What distances are called beside a scale: :func:`metric_name` in few words."""
+    names = ["random-trunk"] if options.random_trunk else []
+    if options.baseline:
+        names.append("baseline")
+    details = [] if options.normalization == "l2" else [options.normalization]
+    if options.layers is not None:
+        details.append(f"{len(options.layers)} layer{'s' if len(options.layers) > 1 else ''}")
+    told = f" ({', '.join(details)})" if details else ""
+    return f"{' '.join(names) or 'LPIPS'}{told} distance"

@@ -15,10 +15,9 @@ import torch
 
 from .. import __version__
 from ..heatmap import PICTURE_SUFFIXES, save_heatmap, save_map_numbers
-from ..images import read_image
-from .command import Command, CommandError, print_to
-from .image_files import add_alpha_argument
-from .model import add_model_arguments, layer_names, load_model, metric_name
+from .command import Command, CommandError, add_json_argument, print_to
+from .image_files import add_alpha_argument, read_one_size, size_text
+from .model import add_model_arguments, distance_name, layer_names, load_model, metric_name
 
 if TYPE_CHECKING:
     from ..lpips import LPIPS
@@ -36,9 +35,7 @@ def _add_pair_arguments(parser: argparse.ArgumentParser) -> None:
         help="draw where the images differ, for example OUT.png, and write its numbers to OUT.npy",
     )
     parser.add_argument("--per-layer", action="store_true", help="list the layers' distances too")
-    parser.add_argument(
-        "--json", action="store_true", help="one JSON object on standard output, nothing else"
-    )
+    add_json_argument(parser)
 
 
 def _picture_path(text: str) -> Path:
@@ -51,13 +48,7 @@ def _picture_path(text: str) -> Path:
 def _run_pair(options: argparse.Namespace) -> None:
     if options.map:
         _check_map_target(options)
-    in0 = read_image(options.image0, alpha=options.alpha)
-    in1 = read_image(options.image1, alpha=options.alpha)
-    if in0.shape != in1.shape:
-        raise CommandError(
-            f"the images differ in size: {options.image0} is {_size(in0)} and "
-            f"{options.image1} is {_size(in1)} pixels; crop or resize one of them"
-        )
+    in0, in1 = read_one_size((options.image0, options.image1), options.alpha)
     # Whatever a library prints while it works is not part of the result.
     with contextlib.redirect_stdout(sys.stderr), torch.inference_mode():
         model = load_model(options)
@@ -70,7 +61,7 @@ def _run_pair(options: argparse.Namespace) -> None:
         return
     lines = [
         f"Distance: {_rounded(distance)}",
-        f"  {options.image0}  vs  {options.image1}  ({_size(in0)})",
+        f"  {options.image0}  vs  {options.image1}  ({size_text(in0)})",
         f"  {metric_name(options)}, {options.device}",
     ]
     if options.per_layer:
@@ -114,6 +105,7 @@ def _draw_map(
         distance_map,
         options.map,
         title=f"{names[0]}  vs  {names[1]}",
+        quantity=distance_name(options),
         label=metric_name(options),
         distance=distance,
         image0=in0,
@@ -158,10 +150,6 @@ def _pair_report(
         "package_version": __version__,
         "torch_version": torch.__version__,
     }
-
-
-def _size(image: torch.Tensor) -> str:
-    return f"{image.shape[-1]}x{image.shape[-2]}"
 
 
 def _rounded(distance: float) -> str:

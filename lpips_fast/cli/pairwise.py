@@ -23,9 +23,9 @@ from ..embedding import euclidean_weights
 from ..folders import list_images
 from ..images import ImageError, image_to_tensor, read_image_uint8
 from ..pairwise import DEFAULT_MEMORY_LIMIT, mean_diversity, pairwise, plan
-from .command import PROGRAM, Command, CommandError, print_to, tell
+from .command import PROGRAM, Command, CommandError, add_json_argument, print_to, tell
 from .image_files import add_alpha_argument
-from .model import add_model_arguments, layer_names, load_model, metric_name
+from .model import add_model_arguments, distance_name, layer_names, load_model, metric_name
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
@@ -60,9 +60,7 @@ def _add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--plan", action="store_true", help="say what would be held and computed, and end there"
     )
-    parser.add_argument(
-        "--json", action="store_true", help="one JSON object on standard output, nothing else"
-    )
+    add_json_argument(parser)
 
 
 def _matrix_path(text: str) -> Path:
@@ -421,7 +419,7 @@ def _draw(
     # Images that are alike are dark. The diagonal is 0 and says nothing of the scale.
     picture = axes.imshow(matrix, cmap="magma", vmin=0, vmax=max(float(matrix.max()), 1e-12))
     bar = figure.colorbar(picture, ax=axes, fraction=0.05, pad=0.02)
-    bar.set_label("LPIPS distance" if not options.baseline else "distance", fontsize=10)
+    bar.set_label(distance_name(options), fontsize=10)
     bar.ax.tick_params(labelsize=9)
     if named:
         labels = [_shortened(name) for name in images.names]

@@ -16,7 +16,7 @@ from .. import __version__
 from ..recommendation import PEOPLE_2AFC, Recommendation, recommend_trunk
 from ..trunk_costs import Mode, cache_folder
 from . import argument_types
-from .command import Command, CommandError, print_to
+from .command import Command, CommandError, add_json_argument, print_to
 from .device import to_device
 from .model import DTYPES
 
@@ -60,9 +60,7 @@ def _add_recommend_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--refresh", action="store_true", help="measure again what an earlier call measured"
     )
-    parser.add_argument(
-        "--json", action="store_true", help="one JSON object on standard output, nothing else"
-    )
+    add_json_argument(parser)
 
 
 def _run_recommend(options: argparse.Namespace) -> None:

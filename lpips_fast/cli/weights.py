@@ -26,7 +26,7 @@ from ..weights import (
     load_trunk_weights,
     locate_trunk_weights,
 )
-from .command import Command, CommandError, print_to, sentence
+from .command import Command, CommandError, add_json_argument, print_to, sentence
 
 _KINDS = {
     "env": f"in the folder {WEIGHTS_VARIABLE}",
@@ -45,9 +45,7 @@ def _add_weights_arguments(parser: argparse.ArgumentParser) -> None:
         help="have the weights of alex, vgg, squeeze or all ready for use without a network; "
         "nothing is downloaded twice",
     )
-    parser.add_argument(
-        "--json", action="store_true", help="one JSON object on standard output, nothing else"
-    )
+    add_json_argument(parser)
 
 
 def _run_weights(options: argparse.Namespace) -> None:
