@@ -569,7 +569,10 @@ def _size(image: Tensor) -> tuple[int, int]:
 def _broadcast(tap0: Tensor, tap1: Tensor) -> tuple[Tensor, Tensor]:
     """Both for the common batch; one image stands for all without a copy."""
     batch = common_batch(len(tap0), len(tap1))
-    return tap0.expand(batch, -1, -1, -1), tap1.expand(batch, -1, -1, -1)
+    # Not where it changes nothing: torch.compile cannot save views of unknown size for backward.
+    return tuple(  # type: ignore[return-value]
+        tap if len(tap) == batch else tap.expand(batch, -1, -1, -1) for tap in (tap0, tap1)
+    )
 
 
 def _unwrapped(checkpoint: Any, path: str | os.PathLike[str]) -> dict[str, Tensor]:

@@ -447,6 +447,19 @@ class TestCompile:
         expected.sum().backward()
         assert (x.grad - y.grad).norm() / y.grad.norm() < 1e-3
 
+    def test_other_sizes_afterwards(self, model):
+        # From the second size on, torch compiles for sizes that it does not know.
+        torch._dynamo.reset()
+        compiled = torch.compile(model, fullgraph=True)
+        for size in (48, 64, 75):
+            images = torch.rand(2, 1, 3, size, size) * 2 - 1
+            x, y = (images[0].clone().requires_grad_() for _ in range(2))
+            result, expected = compiled(x, images[1]), model(y, images[1])
+            torch.testing.assert_close(result, expected, rtol=1e-4, atol=1e-6)
+            result.sum().backward()
+            expected.sum().backward()
+            assert (x.grad - y.grad).norm() / y.grad.norm() < 1e-3
+
     @pytest.mark.filterwarnings("ignore::torch.jit.TracerWarning")
     def test_trace(self, model, pair):
         with torch.no_grad():
