@@ -92,12 +92,13 @@ def _cpu_dtype(conv: nn.Conv2d, x: Tensor) -> torch.dtype | None:
     return dtype if dtype == torch.float32 else None
 
 
-# Packed weights by convolution and purpose, with what they were packed from: a weight that was
-# since written to, moved or replaced is packed anew. Kept outside the modules, since packed tensors
-# can neither be copied nor pickled.
-_PACKED: weakref.WeakKeyDictionary[nn.Conv2d, dict[str, tuple[Any, Tensor]]] = (
-    weakref.WeakKeyDictionary()
-)
+# Packed weights by convolution, purpose and dtype, with what they were packed from: a weight that
+# was since written to, moved or replaced is packed anew. The weight of then is kept, lest its
+# memory, and so its address, become another's. What is written through ``weight.data`` nobody sees.
+# Kept outside the modules, since packed tensors can neither be copied nor pickled.
+_PACKED: weakref.WeakKeyDictionary[
+    nn.Conv2d, dict[tuple[str, torch.dtype], tuple[int, Tensor, Tensor]]
+] = weakref.WeakKeyDictionary()
 
 
 def is_frozen(conv: nn.Conv2d) -> bool:
@@ -109,12 +110,16 @@ def packed_weight(
     conv: nn.Conv2d, purpose: str, dtype: torch.dtype, pack: Callable[[], Tensor]
 ) -> Tensor:
     """What ``pack`` makes of the convolution's weight, made once for a purpose and a dtype."""
-    origin = (conv.weight._version, conv.weight.data_ptr(), dtype)
+    weight = conv.weight
     packed_for = _PACKED.setdefault(conv, {})
-    found = packed_for.get(purpose)
-    if found is None or found[0] != origin:
-        found = packed_for[purpose] = (origin, pack())
-    return found[1]
+    found = packed_for.get((purpose, dtype))
+    if found is not None:
+        version, origin, packed = found
+        if version == weight._version and origin.data_ptr() == weight.data_ptr():
+            return packed
+    packed = pack()
+    packed_for[purpose, dtype] = (weight._version, weight.detach(), packed)
+    return packed
 
 
 def _pack(weight: Tensor, padding: Any, stride: Any, images: torch.Size) -> Tensor:
@@ -138,6 +143,8 @@ def uses_winograd(conv: nn.Conv2d, channels: int, grid: torch.Size, dtype: torch
         grid: height and width of the convolution's results.
     """
     kernel, stride, _ = _geometry(conv)
+    if dtype != torch.float32:  # oneDNN multiplies twice as fast, so that more must be saved
+        channels = min(conv.in_channels * stride**2, conv.out_channels) // 2
     return (
         _WINOGRAD
         and dtype in _WINOGRAD_DTYPES

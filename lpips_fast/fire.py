@@ -38,8 +38,15 @@ class FireModule(nn.Module):
         self.expand3x3 = nn.Conv2d(squeeze, expand, 3, padding=1)
 
     def forward(self, x: Tensor) -> Tensor:
-        if not torch.is_grad_enabled() and self._is_one_call(x):
+        if not self._is_one_call(x):
+            return self._in_steps(x)
+        if not torch.is_grad_enabled():
             return self._fire(x)[1]
+        if any(p.requires_grad for p in self.parameters()):  # a bias
+            return self._in_steps(x)
+        return _Fire.apply(x, self) if x.requires_grad else self._fire(x)[1]
+
+    def _in_steps(self, x: Tensor) -> Tensor:
         x = conv_relu(self.squeeze, x)
         return torch.cat((conv_relu(self.expand1x1, x), conv_relu(self.expand3x3, x)), dim=1)
 
@@ -104,6 +111,25 @@ class FireModule(nn.Module):
             through_relu,
             winograd,
         )
+
+
+class _Fire(torch.autograd.Function):
+    """The one call with its derivative, so that a graph does not change the result by a bit."""
+
+    @staticmethod
+    def forward(ctx, x: Tensor, fire: FireModule) -> Tensor:  # type: ignore[override]
+        squeezed, y = fire._fire(x)
+        ctx.fire = fire
+        ctx.save_for_backward(x, squeezed, y)
+        return y
+
+    @staticmethod
+    def backward(ctx, grad: Tensor):  # type: ignore[override]
+        x, squeezed, y = ctx.saved_tensors
+        if torch.is_grad_enabled():  # a second derivative: through nodes that have one themselves
+            return *torch.autograd.grad(ctx.fire._in_steps(x), x, grad, create_graph=True), None
+        grad = torch.ops.aten.threshold_backward(grad, y, 0)
+        return ctx.fire._fire_backward(grad, x, squeezed, through_relu=False), None
 
 
 def _packed(conv: nn.Conv2d, winograd: bool = False) -> Tensor:

@@ -376,10 +376,9 @@ class LPIPS(nn.Module):
         if in0.device.type == "cpu":
             # Side by side: large as they are, nothing is gained by one batch of both, and twice
             # the memory would be in use at a time.
-            both = (self._taps([image], normalize) for image in (in0, in1))
-            for tap0, tap1 in zip(*both, strict=True):
-                yield _broadcast(tap0, tap1)
-                del tap0, tap1
+            taps0, taps1 = (self._taps([image], normalize) for image in (in0, in1))
+            for _ in self.layers:  # not by zip, which holds on to what it gave last
+                yield _broadcast(next(taps0), next(taps1))
         else:
             for tap in self._taps((in0, in1), normalize):
                 yield _broadcast(*tap.split([len(in0), len(in1)]))

@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import nn
 
-from lpips_fast.convolution import _PACKED, conv_relu
+from lpips_fast.convolution import _PACKED, conv_relu, input_gradient
 
 CONVOLUTIONS = [
     {"in_channels": 3, "out_channels": 64, "kernel_size": 11, "stride": 4, "padding": 2},
@@ -99,12 +99,23 @@ def test_nan_passes_where_it_must():
     assert conv_relu(conv, x, keep_nan=True).isnan().any()
 
 
-def test_packed_weights_follow_the_weights():
-    conv = nn.Conv2d(8, 8, 3).requires_grad_(False)
+# By oneDNN, by Winograd's algorithm, and directly.
+@pytest.mark.parametrize("channels", [(8, 8), (64, 64), (3, 64)], ids=str)
+def test_packed_weights_follow_the_weights(channels):
+    conv = nn.Conv2d(*channels, 3).requires_grad_(False)
     x = image(conv, (1, 9, 9))
 
     def check():
-        torch.testing.assert_close(conv_relu(conv, x), conv(x).relu())
+        expected = conv.double()(x.double())
+        conv.float()
+        assert error(conv_relu(conv, x), expected.relu()) < 1e-5
+        grad = torch.randn_like(expected, dtype=torch.float32)
+        grad = grad.contiguous(memory_format=torch.channels_last)
+        x64 = x.double().requires_grad_()
+        conv.double()
+        (expected,) = torch.autograd.grad(conv(x64), x64, grad.double())
+        conv.float()
+        assert error(input_gradient(conv, grad, x), expected) < 1e-5
 
     check()
     assert conv in _PACKED
@@ -112,7 +123,15 @@ def test_packed_weights_follow_the_weights():
     check()
     conv.weight.data = torch.randn_like(conv.weight)  # replaced
     check()
-    conv.load_state_dict(nn.Conv2d(8, 8, 3).state_dict())
+    for _ in range(4):  # replaced when the old one is gone, whose memory is taken again
+        new = torch.randn(conv.weight.shape)
+        del conv.weight
+        conv.weight = nn.Parameter(new, requires_grad=False)
+        check_value(conv, x)
+        conv.weight.data = torch.empty(0)
+        conv.weight.data = torch.randn(new.shape)
+        check_value(conv, x)
+    conv.load_state_dict(nn.Conv2d(*channels, 3).state_dict())
     check()
     x = x.bfloat16()
     conv.bfloat16()  # converted
@@ -120,6 +139,20 @@ def test_packed_weights_follow_the_weights():
     conv.float()
     x = x.float()
     check()
+
+
+def check_value(conv, x):
+    assert error(conv_relu(conv, x), conv(x).relu()) < 1e-5
+
+
+def test_both_dtypes_stay_packed():
+    conv = nn.Conv2d(8, 8, 3).requires_grad_(False)
+    x = image(conv, (1, 9, 9))
+    for _ in range(2):
+        conv_relu(conv, x)
+        with torch.autocast("cpu"):
+            conv_relu(conv, x)
+    assert {dtype for _, dtype in _PACKED[conv]} == {torch.float32, torch.bfloat16}
 
 
 def test_packed_weights_are_no_part_of_the_module():

@@ -42,7 +42,7 @@ def test_against_float64(geometry, channels, size):
         wide[:, 1:-1, 1:-1, 1:],  # read where it lies
     ):
         expected = F.conv2d(x.double(), weight.double(), bias.double(), stride, padding)
-        scale = x.double().norm() * weight.double().norm()
+        scale = x.double().norm() * weight.double().norm() + expected.norm()
         y = convolve(x, weight, bias, False, stride, padding)
         assert y.shape == expected.shape and y.is_contiguous(memory_format=torch.channels_last)
         assert (y.double() - expected).norm() <= 1e-6 * scale
@@ -90,6 +90,7 @@ def test_empty_batch():
         (lambda x, w: convolve(x[0], w), "float32 images"),
         (lambda x, w: convolve(x[:, :2], w), "not packed for these channels"),
         (lambda x, w: convolve(x, w, torch.randn(3)), "float32 bias of 8"),
+        (lambda x, w: convolve(x[:, :, :0], w, padding=2), "at least one channel, row"),
         (lambda x, w: convolve(x, w, stride=0), "a stride of at least 1"),
         (lambda x, w: convolve(x[:, :, :2], w), "2x5 are smaller than the kernel"),
         (lambda x, w: OPS.direct_pack(w[..., :2]), r"\(C_out, C_in, k, k\)"),

@@ -186,16 +186,35 @@ class TestModule:
             squeezed, recorded = fire.record(x)
         assert_close(y, expected)
         assert torch.equal(recorded, y)
+        assert torch.equal(fire(x), y), "without a graph to make, though grad is enabled"
         x.requires_grad_()
         differentiable = fire(x)
-        assert differentiable.requires_grad
-        assert_close(differentiable.detach(), expected)
-        (reference,) = torch.autograd.grad(differentiable, x, grad)
+        assert torch.equal(differentiable, y)
+        (got,) = torch.autograd.grad(differentiable, x, grad)
+        in_steps = fire._in_steps(x)
+        assert_close(in_steps.detach(), expected)
+        (reference,) = torch.autograd.grad(in_steps, x, grad)
+        assert_close(got, reference.double(), 1e-5)
         # As Slice calls it: from behind the ReLUs.
         before_relu = torch.ops.aten.threshold_backward(grad, y, 0)
         with torch.no_grad():
             got = fire.input_gradient(before_relu, x.detach(), squeezed, False)
         assert_close(got, reference.double(), 1e-5)
+
+    def test_second_derivative(self, size):
+        fire = FireModule(64, 32, 48).requires_grad_(False)
+        x = some_images(1, 64, *size).requires_grad_()
+        results = []
+        for function in (fire, fire._in_steps):
+            (grad,) = torch.autograd.grad(function(x).square().sum(), x, create_graph=True)
+            results.append(torch.autograd.grad(grad.square().sum(), x)[0])
+        assert_close(results[0], results[1].double(), 1e-4)
+
+    def test_a_bias_that_learns(self, size):
+        fire = FireModule(64, 32, 48).requires_grad_(False)
+        fire.expand1x1.bias.requires_grad_()
+        fire(some_images(1, 64, *size)).sum().backward()
+        assert fire.expand1x1.bias.grad.abs().sum() > 0
 
     @pytest.mark.skipif(not ops.has_wide_vectors(), reason="there are no wide vectors here")
     def test_where_it_is_one_call(self, size, monkeypatch):

@@ -179,6 +179,19 @@ def test_some_channels_of_an_image_are_read_where_they_lie():
     assert torch.equal(convolve(crop, weight), convolve(dense, weight))
 
 
+def test_both_divisions_of_the_work_give_the_same_bits():
+    # Few threads have enough tiles for blocks of their own; many share them.
+    x, weight = channels_last(2, 64, 60, 60), torch.randn(64, 64, 3, 3)
+    threads = torch.get_num_threads()
+    try:
+        torch.set_num_threads(1)
+        apart = convolve(x, weight)
+        torch.set_num_threads(64)
+        assert torch.equal(convolve(x, weight), apart)
+    finally:
+        torch.set_num_threads(threads)
+
+
 def test_empty_batch():
     assert convolve(channels_last(0, 32, 8, 8), torch.randn(16, 32, 3, 3)).shape == (0, 16, 8, 8)
 
@@ -192,6 +205,12 @@ def test_empty_batch():
             "not packed for blocks of 1x1x7",
         ),
         (lambda: OPS.winograd_pack(torch.randn(8, 8, 7, 7)), r"\(C_out, C_in, 3, 3\)"),
+        (
+            lambda: OPS.winograd_conv2d(
+                torch.randn(1, 0, 9, 9), torch.randn(0), None, False, None, 0, 3, 1, 1
+            ),
+            "at least one channel",
+        ),
         (
             lambda: convolve(torch.randn(1, 8, 2, 9), torch.randn(8, 8, 5, 5), padding=1),
             "smaller than the kernel",
@@ -241,6 +260,8 @@ class TestChoice:
         assert not takes(conv, dtype=torch.float64)
         for dtype in (torch.bfloat16, torch.float16):
             assert takes(conv, dtype=dtype) == (dtype in convolution._WINOGRAD_DTYPES)
+            narrow = nn.Conv2d(64, 48, 3, padding=1).requires_grad_(False)
+            assert takes(narrow) and not takes(narrow, dtype=dtype)
         assert not takes(nn.Conv2d(64, 64, 3, padding=1)), "learns"
         for kernel, stride, taken in ((5, 1, True), (11, 4, True), (1, 1, False), (3, 2, False)):
             other = nn.Conv2d(64, 64, kernel, stride).requires_grad_(False)

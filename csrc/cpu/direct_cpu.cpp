@@ -31,6 +31,8 @@ Tensor conv2d(Tensor x, Tensor packed, std::optional<Tensor> bias, bool relu, in
                   "direct_conv2d takes float32 images (N, C, H, W)");
   STD_TORCH_CHECK(kernel >= 1 && stride >= 1 && padding >= 0,
                   "expected a kernel and a stride of at least 1 and a padding");
+  STD_TORCH_CHECK(out_channels >= 1 && x.size(1) >= 1 && x.size(2) >= 1 && x.size(3) >= 1,
+                  "expected at least one channel, row and column");
   STD_TORCH_CHECK(x.size(2) + 2 * padding >= kernel && x.size(3) + 2 * padding >= kernel,
                   "images of ", x.size(2), "x", x.size(3), " are smaller than the kernel");
   STD_TORCH_CHECK(!bias || (bias->dim() == 1 && bias->size(0) == out_channels &&

@@ -178,6 +178,8 @@ Tensor winograd_conv2d(Tensor x, Tensor packed, std::optional<Tensor> bias, bool
       x.dim() == 4 && is_feature_dtype(x.scalar_type()) && x.scalar_type() != ScalarType::Double,
       "winograd_conv2d takes float32, bfloat16 or float16 images (N, C, H, W)");
   STD_TORCH_CHECK(stride >= 1 && padding >= 0, "expected a stride of at least 1 and a padding");
+  STD_TORCH_CHECK(out_channels >= 1 && x.size(1) >= 1 && x.size(2) >= 1 && x.size(3) >= 1,
+                  "expected at least one channel, row and column");
   const int64_t blocks_of_kernel = (kernel + stride - 1) / stride;
   STD_TORCH_CHECK(blocks_of_kernel == 3 || blocks_of_kernel == 5,
                   "the kernel must be 3 or 5 times the stride, rounded up, got ", kernel);
@@ -248,8 +250,11 @@ void winograd_convolve(const WinogradConvolution<scalar_t>& convolution, int64_t
       std::clamp(kOwnBlockFloats / phases.floats_per_tile(), step, kMaximumOwnTiles) / step * step;
   const int64_t weights = winograd_packed_size(image.kernel, image.depth(), image.out_channels);
   const int64_t enough = size * kOwnBlocksPerThread * torch::stable::get_num_threads();
-  weights <= kOwnWeightFloats&& tiles >= enough ? convolve_apart(phases, tiles, size)
-                                                : convolve_together(phases, tiles);
+  if (weights <= kOwnWeightFloats && tiles >= enough) {
+    convolve_apart(phases, tiles, size);
+  } else {
+    convolve_together(phases, tiles);
+  }
 }
 
 }  // namespace lpips_fast

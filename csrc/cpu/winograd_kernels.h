@@ -19,8 +19,8 @@
 // 25, are read once a block. winograd_cpu.cpp divides the work.
 //
 // Every element of a product is one chain of fused multiply-adds along C_in. So the result at a
-// position depends on that position's neighbourhood alone, to the bit: not on the batch, the
-// block, the tile's place in it or the number of threads.
+// position depends on that position's neighbourhood and its place in its tile alone, to the bit:
+// not on the batch, the block or the number of threads.
 #pragma once
 
 #include <cstdint>
