@@ -83,7 +83,9 @@ def _layer_weights(
 
 
 def _is_fused(normalization: Normalization, feats: Sequence[Tensor]) -> bool:
-    return check_normalization(normalization) == "l2" and ops.has_kernel(feats[0].device)
+    if check_normalization(normalization) != "l2" or ops.has_tangents():
+        return False
+    return ops.has_kernel(feats[0].device)
 
 
 def distance(

@@ -85,7 +85,13 @@ def is_eager() -> bool:
         torch.compiler.is_compiling()
         or torch.jit.is_tracing()
         or torch._C._are_functorch_transforms_active()
+        or has_tangents()
     )
+
+
+def has_tangents() -> bool:
+    """Whether derivatives are carried forward: our operators know backward alone."""
+    return torch.autograd.forward_ad._current_level >= 0
 
 
 # ------------------------------------------------------------------------------- fake kernels

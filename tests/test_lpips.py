@@ -7,6 +7,7 @@ import warnings
 
 import pytest
 import torch
+import torch.autograd.forward_ad as forward_ad
 from parity import image_pair, trunk_weights
 
 import lpips_fast
@@ -476,6 +477,18 @@ class TestCompile:
         result = model(x, pair[1])
         result.sum().backward()
         torch.testing.assert_close(result, expected.clone(), rtol=1e-5, atol=0)
+
+    def test_forward_mode(self, model, pair):
+        (x, target), direction = pair, torch.randn_like(pair[0])
+        image = x.clone().requires_grad_()
+        (grad,) = torch.autograd.grad(model(image, target).sum(), image)
+        with forward_ad.dual_level():
+            dual = model(forward_ad.make_dual(x, direction), target)
+            tangent = forward_ad.unpack_dual(dual).tangent.sum()
+        _, transformed = torch.func.jvp(lambda x: model(x, target).sum(), (x,), (direction,))
+        expected = (grad * direction).sum()
+        scale = (grad * direction).norm()  # a sum of both signs
+        assert abs(tangent - expected) < 1e-3 * scale and abs(transformed - expected) < 1e-3 * scale
 
     def test_second_derivative(self, model, pair):
         x = pair[0].clone().requires_grad_()
