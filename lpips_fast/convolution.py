@@ -174,15 +174,12 @@ def convolve(conv: nn.Conv2d, x: Tensor, keep_nan: bool = False) -> Tensor:
         kernel, stride, padding = _geometry(conv)
         grid = torch.Size((size + 2 * padding - kernel) // stride + 1 for size in x.shape[2:])
         if uses_winograd(conv, conv.in_channels * stride**2, grid, x.dtype):
-            packed = packed_weight(
-                conv, "winograd", torch.float32, lambda: _pack_blocks(weight.float(), stride)
-            )
+            packed = packed_kernel(conv, winograd=True)
             return torch.ops.lpips_fast.winograd_conv2d(
                 x, packed, bias.float(), True, None, conv.out_channels, kernel, stride, padding
             )
         if _is_direct(conv, x.dtype):
-            pack = torch.ops.lpips_fast.direct_pack
-            packed = packed_weight(conv, "direct", x.dtype, lambda: pack(weight.to(x.dtype)))
+            packed = packed_kernel(conv, winograd=False)
             return torch.ops.lpips_fast.direct_conv2d(
                 x, packed, bias.to(x.dtype), True, conv.out_channels, kernel, stride, padding
             )
@@ -220,10 +217,25 @@ def _in_blocks(weight: Tensor, stride: int) -> Tensor:
     return weight.unflatten(3, (blocks, stride)).unflatten(2, (blocks, stride))
 
 
-def _pack_blocks(weight: Tensor, stride: int) -> Tensor:
-    """Winograd's weights of the convolution of stride 1 over blocks of s * s positions."""
-    weight = _in_blocks(weight, stride).permute(0, 3, 5, 1, 2, 4).flatten(1, 3)
-    return torch.ops.lpips_fast.winograd_pack(weight)
+def packed_kernel(conv: nn.Conv2d, winograd: bool, gradient: bool = False) -> Tensor:
+    """The weights as our own kernels read them, for Winograd's algorithm or the direct sum.
+
+    Args:
+        gradient: those of the convolution that is the gradient to the images.
+    """
+    operators = torch.ops.lpips_fast
+    pack = operators.winograd_pack if winograd else operators.direct_pack
+    stride = _geometry(conv)[1] if winograd else 1  # which alone runs over blocks
+    of_which = _gradient_weight if gradient else _block_weight
+    purpose = f"{'winograd' if winograd else 'direct'}{' gradient' if gradient else ''}"
+    return packed_weight(
+        conv, purpose, torch.float32, lambda: pack(of_which(conv.weight.float(), stride))
+    )
+
+
+def _block_weight(weight: Tensor, stride: int) -> Tensor:
+    """(O, s * s * I, t, t): of the convolution of stride 1 over blocks of s * s positions."""
+    return _in_blocks(weight, stride).permute(0, 3, 5, 1, 2, 4).flatten(1, 3)
 
 
 class _ConvReLU(torch.autograd.Function):
@@ -278,14 +290,7 @@ def input_gradient(
     border = taps - 1 - (padding if stride == 1 else 0)
     channels = conv.in_channels * stride**2
     if uses_winograd(conv, conv.out_channels, grad.shape[2:], x.dtype):
-        packed = packed_weight(
-            conv,
-            "winograd gradient",
-            torch.float32,
-            lambda: torch.ops.lpips_fast.winograd_pack(
-                _gradient_weight(conv.weight.float(), stride)
-            ),
-        )
+        packed = packed_kernel(conv, winograd=True, gradient=True)
         mask = x if through_relu and stride == 1 else None
         addend = add if stride == 1 else None
         result = torch.ops.lpips_fast.winograd_conv2d(

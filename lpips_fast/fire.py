@@ -17,7 +17,7 @@ from .convolution import (
     input_gradient,
     is_frozen,
     is_frozen_on_cpu,
-    packed_weight,
+    packed_kernel,
     uses_winograd,
 )
 
@@ -65,11 +65,11 @@ class FireModule(nn.Module):
         winograd = uses_winograd(expand3x3, squeeze.out_channels, x.shape[2:], x.dtype)
         return torch.ops.lpips_fast.fire(
             x,
-            _packed(squeeze),
+            packed_kernel(squeeze, False),
             squeeze.bias,
-            _packed(expand1x1),
+            packed_kernel(expand1x1, False),
             expand1x1.bias,
-            _packed(expand3x3, winograd),
+            packed_kernel(expand3x3, winograd),
             expand3x3.bias,
             winograd,
         )
@@ -105,9 +105,9 @@ class FireModule(nn.Module):
             grad,
             x,
             squeezed,
-            _packed_gradient(self.squeeze),
-            _packed_gradient(self.expand1x1),
-            _packed_gradient(self.expand3x3, winograd),
+            packed_kernel(self.squeeze, False, gradient=True),
+            packed_kernel(self.expand1x1, False, gradient=True),
+            packed_kernel(self.expand3x3, winograd, gradient=True),
             through_relu,
             winograd,
         )
@@ -130,26 +130,3 @@ class _Fire(torch.autograd.Function):
             return *torch.autograd.grad(ctx.fire._in_steps(x), x, grad, create_graph=True), None
         grad = torch.ops.aten.threshold_backward(grad, y, 0)
         return ctx.fire._fire_backward(grad, x, squeezed, through_relu=False), None
-
-
-def _packed(conv: nn.Conv2d, winograd: bool = False) -> Tensor:
-    purpose, pack = _PACKS[winograd]
-    return packed_weight(conv, purpose, torch.float32, lambda: pack(conv.weight))
-
-
-def _packed_gradient(conv: nn.Conv2d, winograd: bool = False) -> Tensor:
-    """The convolution that is the gradient: flipped, channels in and out swapped."""
-    purpose, pack = _PACKS[winograd]
-    return packed_weight(
-        conv,
-        f"{purpose} gradient",
-        torch.float32,
-        lambda: pack(conv.weight.detach().flip(2, 3).transpose(0, 1)),
-    )
-
-
-# By whether it is for Winograd's algorithm: the purpose of packed weights, and what packs them.
-_PACKS = {
-    False: ("direct", torch.ops.lpips_fast.direct_pack),
-    True: ("winograd", torch.ops.lpips_fast.winograd_pack),
-}

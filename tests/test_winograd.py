@@ -25,7 +25,7 @@ def channels_last(*shape: int) -> torch.Tensor:
 
 
 def convolve(x, weight, bias=None, relu=False, mask=None, add=None, stride=1, padding=None):
-    packed = convolution._pack_blocks(weight, stride)
+    packed = OPS.winograd_pack(convolution._block_weight(weight, stride))
     kernel = weight.shape[-1]
     padding = kernel // 2 if padding is None else padding
     return OPS.winograd_conv2d(
