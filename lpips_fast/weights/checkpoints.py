@@ -17,6 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..trunk.table import feature_shapes, tap_channels, trunk_spec
 from .errors import WeightsError
 from .sources import TRUNK_SOURCES, listed
 
@@ -179,7 +180,7 @@ def _trunk_features(
                 raise WeightsError(f"{origin} holds {name!r} twice, the second time as {key!r}")
             group[name] = value
 
-    expected = _expected_shapes(net)
+    expected = feature_shapes(net)
     whole = {p: g for p, g in groups.items() if _first_problem(g, expected) is None}
     if not whole:
         # Of several, the one that comes nearest is spoken of.
@@ -190,12 +191,6 @@ def _trunk_features(
         )
     prefix = _the_one(whole, f"the {net!r} trunk", origin)
     return prefix, {name: _plain(whole[prefix][name], name, origin) for name in expected}
-
-
-def _expected_shapes(net: str) -> dict[str, tuple[int, ...]]:
-    from ..trunk import feature_shapes  # here: reading files needs no trunk
-
-    return feature_shapes(net)
 
 
 def _first_problem(
@@ -214,7 +209,7 @@ def _first_problem(
 def _guess(state: Mapping[str, object], features: Mapping[str, Any]) -> str:
     """What the foreign state dict seems to be, to end the error message with."""
     for net in TRUNK_SOURCES:
-        if _first_problem(features, _expected_shapes(net)) is None:
+        if _first_problem(features, feature_shapes(net)) is None:
             return f" (it holds those of {net!r})"
     if not features and any(_LIN.fullmatch(key) for key in state):
         return " (it holds LPIPS's linear weights, which ship with this package)"
@@ -226,8 +221,6 @@ def _slice_name(name: str, net: str) -> str:
     """``features.N.…`` as LPIPS calls it, ``net.sliceK.N.…``; any other name as it is."""
     if not name.startswith("features."):
         return name
-    from ..trunk import trunk_spec
-
     last_layers: Sequence[int] = tuple(trunk_spec(net).taps.values())
     layer = name.removeprefix("features.")
     index = int(layer.split(".")[0])
@@ -244,8 +237,6 @@ def _linear_weights(
     flat: Mapping[str, Any], net: str, origin: str, trunk_prefix: str
 ) -> dict[str, Tensor] | None:
     """Those beside the trunk; where there are none, those that lie elsewhere in the checkpoint."""
-    from ..trunk import tap_channels
-
     groups: dict[str, dict[str, Any]] = {}
     for key, value in flat.items():
         if match := _LIN.fullmatch(key):
