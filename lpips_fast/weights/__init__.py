@@ -1,4 +1,4 @@
-"""Where weights come from: the linear weights and AlexNet in the package, other trunks from outside.
+"""Where weights come from: some are in the package, the others from outside.
 
 The linear weights (a few kilobytes, BSD-2-Clause) and AlexNet's convolutions (9.4 MiB) ship with
 the package. :func:`load_trunk_weights` looks for an ImageNet-trained trunk in this order:

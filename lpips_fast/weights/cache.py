@@ -42,7 +42,7 @@ def stripped_path(source: TrunkSource) -> Path:
 
 
 def load_stripped_copy(source: TrunkSource) -> dict[str, Tensor] | None:
-    """The stripped copy, if there is one, it is whole and official, and the checkpoint is not newer.
+    """The stripped copy, if there is a whole, official one and the checkpoint is not newer.
 
     Warns:
         UserWarning: there is one that is damaged or foreign.

@@ -296,12 +296,12 @@ def _unfit(value: Any, shape: tuple[int, ...] | None = None, look: bool = True) 
 def _plain(value: Tensor, name: str, origin: str) -> Tensor:
     """A copy, so that neither a mapped file nor the caller's tensor stays behind it."""
     tensor = value.detach().to("cpu", torch.float32, copy=True).contiguous()
-    if not _is_finite(tensor):  # as float32: 1e300 is infinite
+    if not _is_finite(tensor):
         raise WeightsError(f"{origin} cannot be used: {name!r} holds NaN or infinity")
     return tensor
 
 
 def _is_finite(tensor: Tensor) -> bool:
-    # Half of the time of isfinite().all(), and no mask; the sum of finite float32 values is finite
-    # as float64.
-    return bool(torch.isfinite(tensor.sum(dtype=torch.float64)))
+    # As float32, in which 1e300 is infinite. The sum of finite float32 values is finite as float64,
+    # and takes a third of the time of isfinite().all().
+    return bool(torch.isfinite(tensor.detach().float().sum(dtype=torch.float64)))

@@ -33,5 +33,5 @@ def features_digest(features: Mapping[str, Tensor]) -> str:
     for name in sorted(features):
         values = features[name].detach().cpu().float().contiguous().numpy()
         digest.update(f"{name} {tuple(values.shape)}\n".encode())
-        digest.update(values if sys.byteorder == "little" else values.byteswap())
+        digest.update((values if sys.byteorder == "little" else values.byteswap()).data)
     return digest.hexdigest()

@@ -86,7 +86,7 @@ def _check_archive(path: str | os.PathLike[str]) -> None:
 def _check_legacy(path: str | os.PathLike[str]) -> None:
     with open(path, "rb") as file:
         if _Claims(file).load() != _LEGACY_MAGIC:
-            raise RecordError("it does not begin like a checkpoint of torch")
+            raise ValueError("it does not begin like a checkpoint of torch")
         for _ in ("protocol version", "system information"):
             _Claims(file).load()
         storages = _Claims(file).storages_of_next()
@@ -97,12 +97,12 @@ def _check_legacy(path: str | os.PathLike[str]) -> None:
 
 
 class _Storage(NamedTuple):
-    count: int
+    elements: int
     item_size: int
 
     @property
     def size(self) -> int:
-        return self.count * self.item_size
+        return self.elements * self.item_size
 
 
 class _Inert:
@@ -187,7 +187,7 @@ def _rebuild_tensor(
         if (last + 1) * (item_size or storage.item_size) > storage.size:
             raise RecordError(
                 f"it holds a tensor of shape {tuple(size)} whose storage has "
-                f"{storage.count} elements"
+                f"{storage.elements} elements"
             )
     return _Inert()
 
