@@ -1,4 +1,4 @@
-"""Slices under torch.compile: operators that it does not look into, and when they stand for modules.
+"""Slices under torch.compile: opaque operators, and when they stand for modules.
 
 A slice is one operator, forward and backward, that takes images and plain weights and biases;
 packing happens inside as it runs, so that compiled code never holds a stale copy. Exported, traced
