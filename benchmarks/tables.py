@@ -3,8 +3,7 @@
     python benchmarks/tables.py            # a few seconds; nothing is measured
     python benchmarks/tables.py --check    # writes nothing, fails where a table is not the results'
 
-``results/*.json`` are what ``run.py`` and the ``bench_*.py`` measured. No figure of speed, memory or
-precision is written by hand.
+``results/*.json`` are what ``run.py`` and the ``bench_*.py`` measured.
 """
 
 from __future__ import annotations

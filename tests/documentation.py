@@ -159,7 +159,7 @@ class Page:
 
 
 def commands(code: str) -> Iterator[str]:
-    """The commands of a shell block: lines, joined where a backslash or an open quote joins them."""
+    """The commands of a shell block: lines, joined by a backslash or an open quote."""
     pending = ""
     for line in code.splitlines():
         pending += line
@@ -214,5 +214,9 @@ def run_page(path: Path, folder: Path, weights: Path, check_output: bool) -> Non
     os.environ["XDG_CACHE_HOME"] = str(folder / ".cache")
     for name in AT_HAND:
         (folder / name).symlink_to(REPOSITORY / name)
+    if "LPIPSMetric" in path.read_text(encoding="utf-8"):  # torchmetrics imports torchvision
+        from conftest import declare_torchvision_operators
+
+        declare_torchvision_operators()
     os.chdir(folder)
     Page(path, check_output).run()
