@@ -1,12 +1,15 @@
 """How far lpips_fast is from the unmodified ``lpips`` 0.1.4, with one state dict in both.
 
-``python tests/parity.py`` prints the table of the README; ``test_parity.py`` holds it to bounds.
+``python tests/parity.py`` prints the tables of ``docs/parity.md``, and ``--write`` puts them there:
+some minutes on two cores. ``test_parity.py`` holds the figures to bounds.
 """
 
 from __future__ import annotations
 
 import argparse
 import itertools
+import sys
+from pathlib import Path
 from types import ModuleType
 from typing import NamedTuple
 
@@ -14,7 +17,9 @@ import torch
 from torch import Tensor
 
 import lpips_fast
+from lpips_fast.images import read_image
 
+REPOSITORY = Path(__file__).resolve().parents[1]
 NETS = ("alex", "vgg", "squeeze")
 VERSIONS = ("0.1", "0.0")
 MODES = {
@@ -146,11 +151,50 @@ def table(reference: ModuleType) -> str:
     return "\n".join(lines)
 
 
-if __name__ == "__main__":
-    argparse.ArgumentParser(description=__doc__).parse_args()
+def table_of_examples(reference: ModuleType) -> str:
+    """The example images with ImageNet weights, where these are found: both distances."""
+    folder = REPOSITORY / "examples" / "images"
+    images = {path.stem.removeprefix("ex_"): read_image(path) for path in folder.glob("ex_*.png")}
+    lines = [
+        "| net | version | images | `lpips` | `lpips_fast` | relative difference |",
+        "|---|---|---|---|---|---|",
+    ]
+    for net, version in itertools.product(NETS, VERSIONS):
+        ours = lpips_fast.LPIPS(net=net, version=version, verbose=False)
+        theirs = reference.LPIPS(net=net, version=version, verbose=False, pnet_rand=True)
+        theirs.load_state_dict(ours.state_dict(), strict=True)
+        for pair in (("ref", "p0"), ("ref", "p1"), ("p0", "p1")):
+            with torch.no_grad():
+                expected, result = (m(*(images[x] for x in pair)).item() for m in (theirs, ours))
+            lines.append(
+                f"| {net} | {version} | {', '.join(pair)} | {expected:.6f} | {result:.6f} "
+                f"| {abs(result - expected) / expected:.1e} |"
+            )
+    return "\n".join(lines)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--write", action="store_true", help="write docs/parity.md")
+    options = parser.parse_args()
+
     from conftest import declare_torchvision_operators
 
     declare_torchvision_operators()
     import lpips
 
-    print(table(lpips))
+    parts = {"examples": table_of_examples(lpips), "parity": table(lpips)}
+    if not options.write:
+        print("\n\n".join(parts.values()))
+        return
+    sys.path.insert(0, str(REPOSITORY / "scripts"))
+    from generated_text import write_part
+
+    page = REPOSITORY / "docs" / "parity.md"
+    for name, text in parts.items():
+        write_part(page, name, text)
+    print(f"written: {page}")
+
+
+if __name__ == "__main__":
+    main()

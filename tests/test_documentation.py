@@ -43,16 +43,20 @@ def runs(page: Path) -> bool:
 
 
 @pytest.fixture(scope="session")
-def trunk_weights(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, bool]:
-    """A folder of weights of all trunks, and whether they are ImageNet's; else they are random."""
+def trunk_weights(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder of weights of all trunks: ImageNet's if they are at hand, else random ones.
+
+    AlexNet's are in the package, and so always ImageNet's.
+    """
+    nets = ("vgg", "squeeze")
     shared = REPOSITORY.parent / "shared" / "weights"
     folder = Path(os.environ.get("LPIPS_FAST_WEIGHTS", shared))
-    if all((folder / f"{net}.features.pth").is_file() for net in parity.NETS):
-        return folder, True
+    if all((folder / f"{net}.features.pth").is_file() for net in nets):
+        return folder
     folder = tmp_path_factory.mktemp("random_weights")
-    for net in parity.NETS:
+    for net in nets:
         torch.save(parity.trunk_weights(net), folder / f"{net}.features.pth")
-    return folder, False
+    return folder
 
 
 @pytest.fixture(scope="session")
@@ -83,7 +87,7 @@ def report(errors, *arguments) -> None:
 )
 def test_page_runs(page, server, trunk_weights, tmp_path):
     received, errors = server.Pipe(duplex=False)
-    process = server.Process(target=report, args=(errors, page, tmp_path, *trunk_weights))
+    process = server.Process(target=report, args=(errors, page, tmp_path, trunk_weights))
     process.start()
     errors.close()
     if not received.poll(PATIENCE):
@@ -112,10 +116,10 @@ def test_readme_is_short():
 class TestTheTestItself:
     """A page that is wrong fails."""
 
-    def run(self, text: str, folder: Path, **options) -> None:
+    def run(self, text: str, folder: Path) -> None:
         page = folder / "page.md"
         page.write_text(text)
-        Page(page, **options).run()
+        Page(page).run()
 
     def test_blocks_share_what_they_define(self, tmp_path):
         self.run("<!-- setup\nx = 1\n-->\n\n```python\nassert x == 1; y = 2\n```\n"
