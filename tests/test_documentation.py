@@ -109,6 +109,18 @@ def test_what_does_not_run_says_why(page):
             assert len(block.not_run.split()) >= 2, f"line {block.line}: not run, and no reason"
 
 
+@pytest.mark.parametrize("page", PAGES[:2], ids=name)
+def test_links_lead_somewhere(page):
+    """Those of docs are checked by ``mkdocs build --strict``."""
+    for token in (
+        markdown_it.MarkdownIt("commonmark").enable("table").parse(page.read_text("utf-8"))
+    ):
+        for inline in token.children or ():
+            link = str(inline.attrs.get("href") or inline.attrs.get("src") or "")
+            if link and "://" not in link and not link.startswith("#"):
+                assert (page.parent / link.split("#")[0]).exists(), link
+
+
 def test_readme_is_short():
     assert len((REPOSITORY / "README.md").read_text(encoding="utf-8").splitlines()) <= 150
 
