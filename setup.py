@@ -53,6 +53,10 @@ X86_CAPABILITIES = {
 CXX_FLAGS = ["-O3", "-std=c++20", "-fvisibility=hidden", "-Wall", "-Wextra", "-Wno-psabi"]
 # Spurious in GCC's own AVX512 headers: https://gcc.gnu.org/bugzilla/show_bug.cgi?id=105593
 GCC_FLAGS = ["-Wno-maybe-uninitialized", "-Wno-uninitialized"]
+# Messages name files as a reader of the sources knows them, not as they lie here.
+PREFIX_MAPS = [
+    f"-fmacro-prefix-map={folder}/=" for folder in (*cpp_extension.include_paths(), str(ROOT))
+]
 NVCC_FLAGS = ["-O3", "-std=c++20", "-Xcompiler=-fvisibility=hidden,-Wall", "--threads=2"]
 
 
@@ -148,6 +152,7 @@ class Build(cpp_extension.BuildExtension):
                 [
                     nvcc,
                     *NVCC_FLAGS,
+                    *(f"-Xcompiler={flag}" for flag in PREFIX_MAPS),
                     *ext.gencode,
                     "-DUSE_CUDA",
                     "-Xcompiler=-fPIC",
@@ -200,6 +205,7 @@ def cpu_extension(
         define_macros=list(define.items()),
         # Torch's headers as system headers: warnings are for our own code.
         extra_compile_args=CXX_FLAGS
+        + PREFIX_MAPS
         + gcc
         + [f"-isystem{path}" for path in cpp_extension.include_paths()]
         + flags,
