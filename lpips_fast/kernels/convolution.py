@@ -9,7 +9,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from . import libraries  # noqa: F401  (its import registers the schemas)
+from .registration import fake_kernel
 
 
 def empty_channels_last(like: Tensor, *shape: int) -> Tensor:
@@ -19,16 +19,18 @@ def empty_channels_last(like: Tensor, *shape: int) -> Tensor:
 
 
 def _convolved(x: Tensor, kernel: int, stride: int, padding: int) -> list[int]:
+    torch._check(stride >= 1, lambda: f"stride must be at least 1, got {stride}")
     return [(size + 2 * padding - kernel) // stride + 1 for size in x.shape[2:]]
 
 
-@torch.library.register_fake("lpips_fast::depth_to_space")
+@fake_kernel("depth_to_space")
 def _(blocks: Tensor, stride: int, padding: int, height: int, width: int) -> Tensor:
+    torch._check(stride >= 1, lambda: f"stride must be at least 1, got {stride}")
     channels = blocks.shape[1] // stride**2
     return empty_channels_last(blocks, blocks.shape[0], channels, height, width)
 
 
-@torch.library.register_fake("lpips_fast::direct_conv2d")
+@fake_kernel("direct_conv2d")
 def _(
     x: Tensor,
     packed: Tensor,
@@ -42,12 +44,12 @@ def _(
     return empty_channels_last(x, x.shape[0], out_channels, *_convolved(x, kernel, stride, padding))
 
 
-@torch.library.register_fake("lpips_fast::bias_relu_")
+@fake_kernel("bias_relu_")
 def _(y: Tensor, bias: Tensor) -> None:
     pass
 
 
-@torch.library.register_fake("lpips_fast::winograd_conv2d")
+@fake_kernel("winograd_conv2d")
 def _(
     x: Tensor,
     packed: Tensor,

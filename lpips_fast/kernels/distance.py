@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from .. import composed
-from . import libraries  # noqa: F401  (its import registers the schemas)
+from .registration import fake_kernel
 
 
 def _empty_distance(feats: Sequence[Tensor]) -> Tensor:
@@ -26,14 +26,14 @@ def _empty_gradient(feat: Tensor, order_of: Tensor) -> Tensor:
     return torch.empty(feat.shape, dtype=feat.dtype, device=feat.device, memory_format=layout)
 
 
-@torch.library.register_fake("lpips_fast::distance")
+@fake_kernel("distance")
 def _(
     feats0: Sequence[Tensor], feats1: Sequence[Tensor], weights: Sequence[Tensor], eps: float
 ) -> Tensor:
     return _empty_distance(feats0)
 
 
-@torch.library.register_fake("lpips_fast::distance_map")
+@fake_kernel("distance_map")
 def _(
     feats0: Sequence[Tensor], feats1: Sequence[Tensor], weights: Sequence[Tensor], eps: float
 ) -> list[Tensor]:
@@ -56,11 +56,11 @@ def _fake_backward(
     return grads0 + grads1 + ([torch.empty_like(w) for w in weights] if need_weights else [])
 
 
-torch.library.register_fake("lpips_fast::distance_backward", _fake_backward)
-torch.library.register_fake("lpips_fast::distance_map_backward", _fake_backward)
+fake_kernel("distance_backward")(_fake_backward)
+fake_kernel("distance_map_backward")(_fake_backward)
 
 
-@torch.library.register_fake("lpips_fast::tap_backward")
+@fake_kernel("tap_backward")
 def _(
     grad: Tensor,
     deeper: Tensor | None,

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import torch
 from torch import Tensor
 
 from .convolution import empty_channels_last
+from .registration import fake_kernel
 
 
-@torch.library.register_fake("lpips_fast::fire")
+@fake_kernel("fire")
 def _(
     x: Tensor,
     squeeze: Tensor,
@@ -24,7 +24,7 @@ def _(
     return squeezed, empty_channels_last(x, batch, 2 * len(expand1x1_bias), height, width)
 
 
-@torch.library.register_fake("lpips_fast::fire_backward")
+@fake_kernel("fire_backward")
 def _(
     grad: Tensor,
     x: Tensor,
