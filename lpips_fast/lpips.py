@@ -19,7 +19,13 @@ from .inputs import as_rgb_batch, check_features, check_same_size, common_batch,
 from .normalization import Normalization, check_normalization
 from .trunk.modules import Slice, Trunk
 from .trunk.table import check_layers, minimum_size, tap_channels, trunk_spec
-from .weights import WeightsError, load_lin_weights, load_trunk_weights, read_state_dict
+from .weights import (
+    WeightsError,
+    load_lin_weights,
+    load_trunk_and_linear_weights,
+    lpips_state_dict,
+    read_state_dict,
+)
 
 if TYPE_CHECKING:
     from .pairs.sources import Images
@@ -124,7 +130,8 @@ class LPIPS(nn.Module):
         eval_mode: start in ``eval()``.
         verbose: print what is set up.
         weights: where the trunk's weights come from: a file, a folder or a state dict. ``None``
-            searches, and at last downloads (see :mod:`lpips_fast.weights`).
+            searches, and at last downloads (see :mod:`lpips_fast.weights`). Linear weights in the
+            same checkpoint are used too, unless ``model_path`` names others.
         reduction: ``'none'`` returns one distance an image, as the original does; ``'mean'`` and
             ``'sum'`` return one number, ready to be a loss.
         check_inputs: look at the values of every input and warn of NaN, infinity, and values
@@ -218,7 +225,9 @@ class LPIPS(nn.Module):
         self.L = len(self.chns)
         self.minimum_size = minimum_size(trunk_name, self.layers)
 
-        trunk_weights = None if pnet_rand else load_trunk_weights(trunk_name, weights)
+        trunk_weights, lin_weights = (
+            (None, None) if pnet_rand else load_trunk_and_linear_weights(trunk_name, weights)
+        )
         self.net = Trunk(trunk_name, trunk_weights, requires_grad=pnet_tune)
         if lpips:
             for k, channels in enumerate(self.chns):
@@ -227,21 +236,28 @@ class LPIPS(nn.Module):
             self.lins = nn.ModuleList(getattr(self, f"lin{k}") for k in range(self.L))
             self.register_load_state_dict_pre_hook(_rename_lin_weights)
             if pretrained:
-                self._load_lin_weights(trunk_name, model_path, verbose)
+                self._load_lin_weights(trunk_name, model_path, lin_weights, verbose)
         if dtype is not None:
             self.net.to(dtype)
         if eval_mode:
             self.eval()
 
     def _load_lin_weights(
-        self, trunk_name: str, model_path: str | os.PathLike[str] | None, verbose: bool
+        self,
+        trunk_name: str,
+        model_path: str | os.PathLike[str] | None,
+        beside_trunk: dict[str, Tensor] | None,
+        verbose: bool,
     ) -> None:
-        if model_path is None:
+        if model_path is not None:
+            state_dict = lpips_state_dict(read_state_dict(model_path), trunk_name, str(model_path))
+            source = str(Path(model_path).resolve())
+        elif beside_trunk is not None:
+            state_dict = beside_trunk
+            source = "the checkpoint that holds the trunk's weights"
+        else:
             state_dict = load_lin_weights(trunk_name, self.version)
             source = f"the linear weights of lpips {self.version}, packaged"
-        else:
-            state_dict = _unwrapped(read_state_dict(Path(model_path)), model_path)
-            source = str(Path(model_path).resolve())
         if verbose:
             print(f"Loading model from: {source}")
         missing, _ = self.load_state_dict(state_dict, strict=False)
@@ -573,17 +589,6 @@ def _broadcast(tap0: Tensor, tap1: Tensor) -> tuple[Tensor, Tensor]:
     return tuple(  # type: ignore[return-value]
         tap if len(tap) == batch else tap.expand(batch, -1, -1, -1) for tap in (tap0, tap1)
     )
-
-
-def _unwrapped(checkpoint: Any, path: str | os.PathLike[str]) -> dict[str, Tensor]:
-    """A state dict without the wrappings that training scripts put around it."""
-    if isinstance(checkpoint, Mapping) and isinstance(checkpoint.get("state_dict"), Mapping):
-        checkpoint = checkpoint["state_dict"]
-    if not isinstance(checkpoint, Mapping):
-        raise WeightsError(
-            f"{path} is no state dict of LPIPS: it holds a {type(checkpoint).__name__}"
-        )
-    return {str(key).removeprefix("module."): value for key, value in checkpoint.items()}
 
 
 def _rename_lin_weights(
