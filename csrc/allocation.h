@@ -106,11 +106,13 @@ inline bool is_dense(const Tensor& t, MemoryFormat order) {
   return true;
 }
 
-// `t` itself where it is dense in this order, else a copy that is.
-inline Tensor dense(const Tensor& t, MemoryFormat order = MemoryFormat::Contiguous) {
-  if (is_dense(t, order)) return t;
+// `t` itself where it is dense in this order, and of this dtype if one is named, else such a copy.
+inline Tensor dense(const Tensor& t, MemoryFormat order = MemoryFormat::Contiguous,
+                    std::optional<ScalarType> dtype = std::nullopt) {
+  const ScalarType wanted = dtype.value_or(t.scalar_type());
+  if (is_dense(t, order) && t.scalar_type() == wanted) return t;
   const auto sizes = t.sizes();
-  Tensor copy = empty({sizes.begin(), sizes.end()}, t.scalar_type(), t.device(), order);
+  Tensor copy = empty({sizes.begin(), sizes.end()}, wanted, t.device(), order);
   torch::stable::copy_(copy, t);
   return copy;
 }

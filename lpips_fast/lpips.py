@@ -486,8 +486,9 @@ class LPIPS(nn.Module):
         if batch <= limit or torch.is_grad_enabled():
             try:
                 return self._layers(in0, in1, normalize)
-            except torch.OutOfMemoryError:
-                if torch.is_grad_enabled() or batch < 2:
+            except RuntimeError as error:
+                is_too_large = kernels.is_out_of_memory(error) and batch > 1
+                if torch.is_grad_enabled() or not is_too_large:
                     raise
                 limit = (batch + 1) // 2
         parts = []

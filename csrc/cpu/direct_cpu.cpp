@@ -20,6 +20,7 @@ Tensor pack(Tensor weight) {
   check_weight_to_pack("direct_pack", weight);
   const auto shape = packed_shape(weight.size(2), weight.size(1), weight.size(0));
   const Tensor packed = empty_floats({shape[0], shape[1], shape[2], shape[3]});
+  if (packed.numel() == 0) return packed;
   direct_pack(static_cast<const float*>(weight.const_data_ptr()),
               {weight.stride(0), weight.stride(1), weight.stride(2), weight.stride(3)},
               weight.size(2), weight.size(1), weight.size(0),

@@ -77,7 +77,7 @@ Tensor scale_images(std::vector<Tensor> images, Tensor shift, Tensor scale, bool
                     ScalarType dtype) {
   check_scaling(Backend::kCPU, images, shift, scale, dtype);
   const auto as_double = [](const Tensor& t) {
-    return dense(torch::stable::to(t, ScalarType::Double));
+    return dense(t, MemoryFormat::Contiguous, ScalarType::Double);
   };
   const Tensor shifts = as_double(shift), scales = as_double(scale);
   const Tensor out = empty_scaled_batch(images, dtype);

@@ -51,6 +51,7 @@ Tensor winograd_pack(Tensor weight) {
   const auto [elements, panels, depth, width] =
       packed_shape(weight.size(2), in_channels, out_channels);
   const Tensor packed = empty_floats({elements, panels, depth, width});
+  if (packed.numel() == 0) return packed;
   const auto* from = static_cast<const float*>(weight.const_data_ptr());
   auto* to = static_cast<float*>(packed.mutable_data_ptr());
   const int64_t element_stride = panels * in_channels * width;

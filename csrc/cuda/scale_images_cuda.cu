@@ -6,11 +6,6 @@
 namespace lpips_fast::cuda {
 namespace {
 
-// shift or scale as the kernel reads it, without a copy where it already is of that dtype.
-Tensor in_accumulator_dtype(const Tensor& t, ScalarType dtype) {
-  return dense(t.scalar_type() == dtype ? t : torch::stable::to(t, dtype));
-}
-
 Tensor scale_images_cuda(TensorList images, Tensor shift, Tensor scale, bool unit_range,
                          ScalarType dtype) {
   check_scaling(Backend::kCUDA, images, shift, scale, dtype);
@@ -21,8 +16,8 @@ Tensor scale_images_cuda(TensorList images, Tensor shift, Tensor scale, bool uni
   int64_t done = 0;
   for (const Tensor& image : images) {
     const ScalarType accumulator = accumulator_dtype(image.scalar_type());
-    const Tensor shifts = in_accumulator_dtype(shift, accumulator);
-    const Tensor scales = in_accumulator_dtype(scale, accumulator);
+    const Tensor shifts = dense(shift, MemoryFormat::Contiguous, accumulator);
+    const Tensor scales = dense(scale, MemoryFormat::Contiguous, accumulator);
     const ImageBatch batch{image.const_data_ptr(), image.size(0),   image.size(2),
                            image.size(3),          image.stride(0), image.stride(1),
                            image.stride(2),        image.stride(3)};

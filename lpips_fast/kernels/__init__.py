@@ -12,6 +12,7 @@ from .dispatch import (
     has_trunk_kernels,
     has_wide_vectors,
     is_eager,
+    is_out_of_memory,
 )
 from .libraries import LOADED_LIBRARIES
 
@@ -25,6 +26,7 @@ __all__ = [
     "has_trunk_kernels",
     "has_wide_vectors",
     "is_eager",
+    "is_out_of_memory",
     "max_pool",
     "scale_images",
 ]

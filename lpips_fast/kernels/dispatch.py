@@ -48,3 +48,10 @@ def is_eager() -> bool:
 def has_tangents() -> bool:
     """Whether derivatives are carried forward: our operators know backward alone."""
     return torch.autograd.forward_ad._current_level >= 0
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether memory ran out: ``torch.OutOfMemoryError``, or on the CPU what has no class there."""
+    return isinstance(error, torch.OutOfMemoryError) or (
+        isinstance(error, RuntimeError) and "DefaultCPUAllocator: can't allocate" in str(error)
+    )

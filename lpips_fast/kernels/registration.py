@@ -1,4 +1,4 @@
-"""How an operator's further parts are registered: its fake kernel, and that it has no derivative."""
+"""How an operator's other parts are registered: its fake kernel, that it has no derivative."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ def fake_kernel(name: str) -> Callable[[Callable], Callable]:
             devices = {t.device.type for t in leaves if isinstance(t, Tensor)}
             if len(devices) > 1:
                 raise RuntimeError(
-                    f"{name}: all tensors must be on one device, got {' and '.join(sorted(devices))}; "
+                    f"{name}: all tensors must be on one device, got {', '.join(sorted(devices))}; "
                     "move them there with .to()"
                 )
             return kernel(*args, **kwargs)
