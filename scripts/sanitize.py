@@ -30,7 +30,7 @@ FLAGS = ["-std=c++20", "-Wall", "-Wextra", "-Wno-psabi", "-ffp-contract=off"]
 CAPABILITIES = {
     "DEFAULT": [],
     "AVX2": ["-mavx2", "-mfma", "-mf16c"],
-    "AVX512": "-mavx512f -mavx512bw -mavx512vl -mavx512dq -mfma -mf16c".split(),
+    "AVX512": ["-mavx512f", "-mavx512bw", "-mavx512vl", "-mavx512dq", "-mfma", "-mf16c"],
 }
 FUZZED = ["tests/kernels/test_operator_arguments.py"]
 
