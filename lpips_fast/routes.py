@@ -8,6 +8,7 @@ one after the other, as in ``lpips``.
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING
 
@@ -68,6 +69,7 @@ def layer_distances(
 
 def _layers(call: Call, in0: Tensor | Features, in1: Tensor | Features) -> list[Tensor]:
     """The way that is taken, and why."""
+    in0, in1 = (_without_inference(x) for x in (in0, in1))
     graphs = [_needs_graph(call, x) for x in (in0, in1)]
     if isinstance(in0, Tensor) and isinstance(in1, Tensor):
         check_same_size(size_of(in0), size_of(in1))
@@ -231,6 +233,15 @@ def channel_weights(
     if not model.lpips:
         return [like.new_ones(model.chns[k], dtype=dtype) for k in layers]
     return [linear_weight(model.lins[k]).view(-1).to(dtype) for k in layers]  # type: ignore[arg-type]
+
+
+def _without_inference(x: Tensor | Features) -> Tensor | Features:
+    """Features that were encoded under inference_mode, as autograd can save them: a copy."""
+    if isinstance(x, Tensor) or not torch.is_grad_enabled():
+        return x
+    if not any(tap.is_inference() for tap in x.taps):
+        return x
+    return dataclasses.replace(x, taps=tuple(tap.clone() for tap in x.taps))
 
 
 def _needs_graph(call: Call, image: Tensor | Features) -> bool:

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from .. import kernels
 from .fire import FireModule, has_border
 from .legality import FastSlice, Fault
+from .max_pool import CeilMaxPool2d
 from .slices import input_gradient, record, run, slice_layers
 from .table import Conv, Fire, Layer, MaxPool
 
@@ -196,7 +197,7 @@ def _is_as_built(module: nn.Module, layer: Layer, parameters: list[Tensor]) -> b
         return False
     if isinstance(layer, MaxPool):
         return (
-            type(module) is nn.MaxPool2d
+            type(module) is (CeilMaxPool2d if layer.ceil_mode else nn.MaxPool2d)
             and module.kernel_size == layer.kernel
             and module.stride == layer.stride
             and module.padding == 0

@@ -23,6 +23,7 @@ from .. import kernels
 from .cuda_convolution import DTYPES as CUDA_DTYPES
 from .fire import FireModule
 from .layers import make_layer
+from .max_pool import CeilMaxPool2d
 from .packing import is_packable
 from .table import IMAGE_CHANNELS, trunk_spec
 
@@ -211,7 +212,15 @@ def _functions_of(kind: type) -> tuple[Any, ...]:
     )
 
 
-_CLASSES = (nn.Conv2d, nn.ReLU, nn.MaxPool2d, nn.Sequential, nn.Dropout, FireModule)
+_CLASSES = (
+    nn.Conv2d,
+    nn.ReLU,
+    nn.MaxPool2d,
+    nn.Sequential,
+    nn.Dropout,
+    FireModule,
+    CeilMaxPool2d,
+)
 _AS_IMPORTED = {kind: _functions_of(kind) for kind in _CLASSES}
 _FUNCTIONS = ("conv2d", "relu", "max_pool2d")
 _FUNCTIONS_AS_IMPORTED = {name: getattr(nn.functional, name) for name in _FUNCTIONS}
