@@ -8,7 +8,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 SOURCES := setup.py pyproject.toml $(shell find csrc -type f)
 
-.PHONY: demo test lint docs cuda-compile gpu-check parity bench clean
+.PHONY: demo test lint docs sanitize cuda-compile gpu-check parity bench clean
 
 demo: $(VENV)/.built
 	$(BIN)/python examples/demo.py
@@ -23,7 +23,10 @@ lint: $(VENV)/.built
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
-	$(BIN)/clang-format --dry-run --Werror $$(git ls-files 'csrc/*' 'tests/emulation/*' | grep -E '\.(h|cpp|cu|cuh)$$')
+	$(BIN)/clang-format --dry-run --Werror $$(git ls-files 'csrc/*' 'tests/*' | grep -E '\.(h|cpp|cu|cuh)$$')
+
+sanitize: $(VENV)/.built
+	$(BIN)/python scripts/sanitize.py
 
 docs: $(VENV)/.built
 	$(BIN)/python -m pip install --quiet "lpips-fast[docs]"
