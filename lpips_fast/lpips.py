@@ -25,7 +25,7 @@ from .compat import (
 from .features import Features
 from .frozen import hide_weights
 from .inputs import RangeNotice, as_rgb_batch, check_features, common_batch, warn_of_values
-from .linear import NetLinLayer, linear_weight, rename_linear_weights
+from .linear import NegativeWeightsNotice, NetLinLayer, linear_weight, rename_linear_weights
 from .normalization import Normalization, check_normalization, normalize_tensor
 from .routes import layer_distances
 from .scaling import ScalingLayer
@@ -191,6 +191,7 @@ class LPIPS(nn.Module):
         self.minimum_size = minimum_size(trunk_name, self.layers)
         self.scaling_layer = ScalingLayer()
         self._range_notice = RangeNotice()
+        self._negative_weights_notice = NegativeWeightsNotice()
 
         trunk_weights, lin_weights = (
             (None, None) if pnet_rand else load_trunk_and_linear_weights(trunk_name, weights)
@@ -304,6 +305,7 @@ class LPIPS(nn.Module):
             any_dtype=self.dtype is not None,
             minimum_size=self.minimum_size,
             trunk=self.pnet_type,
+            unit_range=normalize,
         )
         if self.check_inputs:
             warn_of_values(name, image, normalize)
@@ -430,6 +432,8 @@ class LPIPS(nn.Module):
         ]
         if self.check_inputs is None:
             self._range_notice.look(pair, normalize)
+        if self.lpips and not self.frozen and torch.is_grad_enabled():
+            self._negative_weights_notice.look(self.lins)
         layers = self._chunked(pair[0], pair[1], normalize)
         value = self._reduce(functools.reduce(torch.add, layers))
         return (value, [self._reduce(layer) for layer in layers]) if retPerLayer else value

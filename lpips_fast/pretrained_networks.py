@@ -96,8 +96,13 @@ class resnet(nn.Module):
         self.net = make(weights="IMAGENET1K_V1" if pretrained else None)
         self.N_slices = 5
         # The same modules by the names that the original gives them.
-        for name in ("conv1", "bn1", "relu", "maxpool", "layer1", "layer2", "layer3", "layer4"):
-            setattr(self, name, getattr(self.net, name))
+        self.conv1, self.bn1, self.relu = self.net.conv1, self.net.bn1, self.net.relu
+        self.maxpool, self.layer1, self.layer2 = (
+            self.net.maxpool,
+            self.net.layer1,
+            self.net.layer2,
+        )
+        self.layer3, self.layer4 = self.net.layer3, self.net.layer4
         self.requires_grad_(requires_grad)
 
     def forward(self, X: Tensor) -> tuple[Tensor, ...]:
