@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -56,7 +55,7 @@ class NegativeWeightsNotice:
     def __deepcopy__(self, memo: dict[int, object]) -> NegativeWeightsNotice:
         return self
 
-    def look(self, lins: Sequence[nn.Module]) -> None:
+    def look(self, lins: nn.ModuleList) -> None:
         """Once a call with a graph.
 
         Args:
@@ -82,9 +81,9 @@ class NegativeWeightsNotice:
         if least < 0:
             self._has_warned = True
             warnings.warn(
-                f"linear weights of LPIPS have learned to be negative, the least is {least:.3g}: the "
-                "result is no distance any more; pass frozen=True to a loss, or clamp the weights "
-                "after each step where they are to learn",
+                "linear weights of LPIPS have learned to be negative, the least is "
+                f"{least:.3g}: the result is no distance any more; pass frozen=True to a loss, or "
+                "clamp the weights after each step where they are to learn",
                 stacklevel=level_of_the_caller(),
             )
 
