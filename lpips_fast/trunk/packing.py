@@ -88,6 +88,11 @@ _PACKED: dict[int, PackedWeight] = {}
 def packed_weight(weight: Tensor) -> PackedWeight:
     """The packed copies of a weight (O, I, k, k) that lies on the CPU, checked to be of today."""
     address = weight.data_ptr()
+    if address == 0 and weight.numel() > 0:
+        raise RuntimeError(
+            "the memory of a weight was freed between forward and backward; where weights are "
+            "sharded, call backward on what the sharded module returned"
+        )
     found = _PACKED.get(address)
     if found is not None and found.is_of(weight):
         return found
