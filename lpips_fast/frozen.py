@@ -28,6 +28,15 @@ _OF_LPIPS = re.compile(r"(net|lin\d+|lins\.\d+|scaling_layer)\.")
 _ANY_POSITION = re.compile(r"^(?:lins\.|lin)(\d+)\.model\.\d+\.")
 
 
+def freeze(model: nn.Module) -> None:
+    """Stops a model from learning and dropping channels, when its weights are there."""
+    model.requires_grad_(False)
+    model.eval()
+    for module in model.modules():
+        if isinstance(module, nn.Dropout):
+            module.p = 0.0  # where somebody calls train() of each module
+
+
 def hide_weights(model: nn.Module) -> None:
     """Keeps a model's weights out of the checkpoints of modules that hold it."""
     model.register_state_dict_post_hook(_leave_out)

@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
-import warnings
-from typing import Any
+import os
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 
-from .notices import level_of_the_caller, may_read_values
+from .weights import WeightsError, load_lin_weights, lpips_state_dict, read_state_dict
+
+if TYPE_CHECKING:
+    from .lpips import LPIPS
 
 
 class NetLinLayer(nn.Module):
@@ -38,56 +42,6 @@ def project_linear_weights(model: nn.Module) -> None:
         linear_weight(lin).clamp_(min=0)
 
 
-class NegativeWeightsNotice:
-    """Warns once when learning linear weights have turned negative: then it is no distance.
-
-    So it goes with a loss whose own weights an optimiser was given: less is always better. Weights
-    are looked at in calls with a graph in which they are other than in the call before, the first,
-    the second, the fourth, the eighth such call and so on: on GPUs a look is a synchronisation. One
-    notice serves a model, its copies and its replicas.
-    """
-
-    def __init__(self) -> None:
-        self._has_warned = False
-        self._version: int | None = None
-        self._changes = 0
-
-    def __deepcopy__(self, memo: dict[int, object]) -> NegativeWeightsNotice:
-        return self
-
-    def look(self, lins: nn.ModuleList) -> None:
-        """Once a call with a graph.
-
-        Args:
-            lins: the linear layers; others than :class:`NetLinLayer` are nobody's to judge.
-        """
-        # Compiled code is not to depend on what is noted here.
-        if torch.compiler.is_compiling() or self._has_warned or type(lins[0]) is not NetLinLayer:
-            return
-        first = linear_weight(lins[0])  # optimisers write all layers or none
-        version = -1 if first.is_inference() else first._version
-        if version == self._version or not may_read_values():
-            return
-        is_first, self._version = self._version is None, version
-        if is_first:  # as they were loaded
-            return
-        self._changes += 1
-        if self._changes & (self._changes - 1):  # no power of two
-            return
-        weights = [linear_weight(lin).detach() for lin in lins if type(lin) is NetLinLayer]
-        if any(type(w) is not Tensor or w.is_meta for w in weights):
-            return
-        least = torch.stack([w.min() for w in weights]).min().item()
-        if least < 0:
-            self._has_warned = True
-            warnings.warn(
-                "linear weights of LPIPS have learned to be negative, the least is "
-                f"{least:.3g}: the result is no distance any more; pass frozen=True to a loss, or "
-                "clamp the weights after each step where they are to learn",
-                stacklevel=level_of_the_caller(),
-            )
-
-
 def dropout_rate(lin: NetLinLayer) -> float | None:
     """The rate of the dropout in front, or ``None`` where there is none."""
     dropout = lin.model[0]
@@ -97,6 +51,48 @@ def dropout_rate(lin: NetLinLayer) -> float | None:
 def drops(lin: NetLinLayer) -> bool:
     """Whether a call would drop channels at random, which no fused kernel does."""
     return bool(dropout_rate(lin)) and lin.model[0].training
+
+
+def load_linear_weights(
+    model: LPIPS,
+    model_path: str | os.PathLike[str] | None,
+    beside_trunk: dict[str, Tensor] | None,
+    verbose: bool,
+) -> None:
+    """Loads what was learned: from a file, from the trunk's checkpoint, or from the package.
+
+    Args:
+        model_path: a file of linear weights, or a whole checkpoint.
+        beside_trunk: linear weights that the trunk's checkpoint holds too.
+        verbose: print where they come from.
+
+    Raises:
+        WeightsError: a layer's weights are missing, and would stay random without a word.
+    """
+    net, version = model.net_name, model.version
+    if model_path is not None:
+        state_dict = lpips_state_dict(read_state_dict(model_path), net, str(model_path))
+        source = str(Path(model_path).resolve())
+    elif beside_trunk is not None:
+        state_dict = beside_trunk
+        source = "the checkpoint that holds the trunk's weights"
+    else:
+        state_dict = load_lin_weights(net, version)
+        source = f"the linear weights of lpips {version}, packaged"
+    if verbose:
+        print(f"Loading model from: {source}")
+    missing, _ = model.load_state_dict(state_dict, strict=False)
+    # The same modules stand under two names; one of them is enough.
+    without = [
+        key
+        for key in missing
+        if key.startswith("lin") and key.replace("lin", "lins.", 1) in missing
+    ]
+    if without:
+        raise WeightsError(
+            f"{source} holds no linear weights for trunk {net} "
+            f"(missing {without[0]!r}); expected keys like 'lin0.model.1.weight'"
+        )
 
 
 def rename_linear_weights(
