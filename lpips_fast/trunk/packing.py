@@ -15,7 +15,7 @@ import weakref
 from collections.abc import Callable, Hashable, Iterable
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.multiprocessing.reductions import StorageWeakRef
 
 from ..kernels import WeightWatch
@@ -99,8 +99,9 @@ def packed_weight(weight: Tensor) -> PackedWeight:
     for stale in [a for a, packed in list(_PACKED.items()) if packed._storage.expired()]:
         _PACKED.pop(stale, None)
     packed = _PACKED[address] = PackedWeight(weight)
-    if type(weight) is nn.Parameter:  # others come and go as views of one
-        weakref.finalize(weight, _forget, address, weakref.ref(packed)).atexit = False
+    # Of the memory, not of the parameter: torch swaps no tensor that somebody else looks at.
+    storage = weight.untyped_storage()
+    weakref.finalize(storage, _forget, address, weakref.ref(packed)).atexit = False
     return packed
 
 
