@@ -16,11 +16,10 @@ import torch
 from torch import Tensor
 
 from . import composed, functional, kernels
-from .calls import Call, lins_are_linear, prepare_call, size_of
+from .calls import Call, lins_are_linear, prepare_call, run, size_of
 from .composed import accumulator_dtype
 from .features import Features
 from .inputs import check_same_size, common_batch
-from .linear import linear_weight
 from .slice_distance import slice_distance
 from .spatial import spatial_average, upsample
 from .trunk.legality import FastSlice
@@ -205,7 +204,7 @@ def compare(
             normal0, normal1 = (
                 functional.normalize_features(tap, model.normalization) for tap in (tap0, tap1)
             )
-            maps.append(model.lins[k]((normal0 - normal1) ** 2))
+            maps.append(run(model, model.lins[k], (normal0 - normal1) ** 2))
         return [upsample(m, size) if model.spatial else spatial_average(m) for m in maps]
     weights = channel_weights(model, taps0[0], layers)
     if not kernels.has_operators():
@@ -232,7 +231,7 @@ def channel_weights(
     layers = model.layers if layers is None else layers
     if not model.lpips:
         return [like.new_ones(model.chns[k], dtype=dtype) for k in layers]
-    return [linear_weight(model.lins[k]).view(-1).to(dtype) for k in layers]  # type: ignore[arg-type]
+    return [model.layer_weight(k).to(dtype) for k in layers]
 
 
 def _without_inference(x: Tensor | Features) -> Tensor | Features:

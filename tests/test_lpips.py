@@ -50,21 +50,21 @@ class TestArguments:
     def test_both_names_of_vgg(self, name):
         model = lpips_fast.LPIPS(net=name, pnet_rand=True, verbose=False)
         packaged = lpips_fast.weights.load_lin_weights("vgg", "0.1")
-        assert torch.equal(model.lin0.weight, packaged["lin0.model.1.weight"])
+        assert torch.equal(model.lin0.model[-1].weight, packaged["lin0.model.1.weight"])
 
     @pytest.mark.parametrize("use_dropout", [True, False])
     def test_linear_weights_load_with_and_without_dropout(self, alex_weights, use_dropout):
         model = lpips_fast.LPIPS(weights=alex_weights, use_dropout=use_dropout, verbose=False)
         packaged = lpips_fast.weights.load_lin_weights("alex", "0.1")
         for k in range(5):
-            assert torch.equal(model.lins[k].weight, packaged[f"lin{k}.model.1.weight"])
+            assert torch.equal(model.lins[k].model[-1].weight, packaged[f"lin{k}.model.1.weight"])
 
     def test_not_pretrained_is_random(self, alex_weights):
         one, two = (
             lpips_fast.LPIPS(pretrained=False, weights=alex_weights, verbose=False)
             for _ in range(2)
         )
-        assert not torch.equal(one.lin0.weight, two.lin0.weight)
+        assert not torch.equal(one.lin0.model[-1].weight, two.lin0.model[-1].weight)
 
     def test_unknown_net_version_reduction(self):
         with pytest.raises(ValueError, match=r"unknown trunk 'resnet'.*alex, vgg, squeeze"):
@@ -90,7 +90,7 @@ class TestCheckpoints:
         )
         second = lpips_fast.LPIPS(weights=alex_weights, use_dropout=loaded_with, verbose=False)
         second.load_state_dict(first.state_dict())
-        assert torch.equal(first.lin3.weight, second.lin3.weight)
+        assert torch.equal(first.lin3.model[-1].weight, second.lin3.model[-1].weight)
 
     @pytest.mark.parametrize("suffix", [".pth", ".safetensors"])
     def test_model_path(self, alex_weights, tmp_path, suffix):
@@ -106,7 +106,7 @@ class TestCheckpoints:
 
             safetensors.torch.save_file(wanted, path)
         model = lpips_fast.LPIPS(weights=alex_weights, model_path=path, verbose=False)
-        assert torch.equal(model.lin2.weight, wanted["lin2.model.1.weight"])
+        assert torch.equal(model.lin2.model[-1].weight, wanted["lin2.model.1.weight"])
 
     def test_model_path_of_another_trunk(self, alex_weights, tmp_path):
         path = tmp_path / "vgg.pth"
@@ -248,7 +248,7 @@ class TestGradients:
 
     def test_only_the_linear_layers_learn(self, model, pair):
         model(*pair).sum().backward()
-        assert all(lin.weight.grad is not None for lin in model.lins)
+        assert all(lin.model[-1].weight.grad is not None for lin in model.lins)
         assert all(p.grad is None for p in model.net.parameters())
 
     def test_no_grad_saves_nothing(self, model, pair):

@@ -105,7 +105,7 @@ def layer_by_layer(model: LPIPS) -> LPIPS:
 
 def gradients(model: LPIPS, image, target, loss=torch.sum, **options):
     image = image.clone().requires_grad_()
-    inputs = [image, *(model.lin0.weight, model.lin1.weight)]
+    inputs = [image, *(model.lin0.model[-1].weight, model.lin1.model[-1].weight)]
     value = model(image, target, **options)
     return value, torch.autograd.grad(loss(value), inputs)
 

@@ -166,9 +166,7 @@ def fast_slice(
             return Fault("", "holds layers that are not as built")
         position += 1
         if isinstance(layer, Conv):
-            if position >= len(children) or type(children[position]) is not nn.ReLU:
-                return Fault("", "holds layers that are not as built")
-            if is_watched(children[position]):
+            if position >= len(children) or not _is_relu(children[position]):
                 return Fault("", "holds layers that are not as built")
             position += 1
     if position != len(children):
@@ -178,6 +176,8 @@ def fast_slice(
             return Fault("", "has weights of another dtype or device than the images")
         if parameter.requires_grad and not frozen and torch.is_grad_enabled():
             return Fault("", "has weights that learn")
+    if frozen:
+        parameters = [parameter.detach() for parameter in parameters]
     return FastSlice(net, number, tuple(parameters))
 
 
@@ -212,7 +212,14 @@ def _is_as_built(module: nn.Module, layer: Layer, parameters: list[Tensor]) -> b
         and _is_convolution(module.squeeze, 1, 1, 0, parameters)
         and _is_convolution(module.expand1x1, 1, 1, 0, parameters)
         and _is_convolution(module.expand3x3, 3, 1, 1, parameters)
+        and _is_relu(module.squeeze_activation)
+        and _is_relu(module.expand1x1_activation)
+        and _is_relu(module.expand3x3_activation)
     )
+
+
+def _is_relu(module: nn.Module) -> bool:
+    return type(module) is nn.ReLU and not is_watched(module)
 
 
 def _is_convolution(

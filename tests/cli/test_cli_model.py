@@ -105,7 +105,7 @@ class TestModels:
         assert isinstance(model, LPIPS) and model.layers == (0, 2)
         assert {p.dtype for p in model.net.parameters()} == {wanted}
         outside = torch.float64 if dtype == "float64" else torch.float32
-        assert model.scaling_layer.shift.dtype == model.lin0.weight.dtype == outside
+        assert model.scaling_layer.shift.dtype == model.lin0.model[-1].weight.dtype == outside
         image = torch.rand(1, 3, 40, 40)
         assert model(image, 1 - image).dtype == outside
 

@@ -243,7 +243,7 @@ def test_linear_weights_alone_go_on_the_trunk_that_is_found(
 
 def _lins(weights: Path) -> list[torch.Tensor]:
     lpips = lpips_fast.LPIPS(weights=weights, verbose=False)
-    return [lin.weight.detach().clone() for lin in lpips.lins]
+    return [lin.model[-1].weight.detach().clone() for lin in lpips.lins]
 
 
 @pytest.fixture(scope="module")
