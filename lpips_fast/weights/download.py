@@ -89,13 +89,19 @@ def download(source: TrunkSource, path: Path, progress: bool) -> None:
 def _receive(url: str, source: TrunkSource, file: BinaryIO, end: float, progress: bool) -> None:
     transfer = _Transfer(url, source, file)
     bar = tqdm(
-        total=source.size, unit="B", unit_scale=True, unit_divisor=1024, disable=not progress
+        total=source.size,
+        unit="B",
+        unit_scale=True,
+        unit_divisor=1024,
+        mininterval=0.5,
+        disable=not progress,
     )
     with bar:
         transfer.start()
         try:
             while not transfer.finished.wait(0.1):
-                bar.update(transfer.received - bar.n)
+                if transfer.received > bar.n:
+                    bar.update(transfer.received - bar.n)
                 now = time.monotonic()
                 if now - transfer.heard > SILENCE:
                     raise DownloadError(f"no byte came for {SILENCE:.0f} s")
