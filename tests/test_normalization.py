@@ -19,6 +19,7 @@ import lpips_fast
 from lpips_fast import LPIPS, functional
 from lpips_fast.cli.model import metric_name
 from lpips_fast.judgements.channel_means import channel_means, dropout_deviations
+from lpips_fast.linear import linear_weight
 from lpips_fast.normalization import (
     EPS,
     NORMALIZATIONS,
@@ -424,7 +425,9 @@ def test_training_from_the_cache() -> None:
     trainer = Trainer(model, items, TrainingOptions(batch_size=2), progress=False)
     trainer.train_epoch()
     assert trainer.caches and trainer._cached is not None
-    rows = trainer._cached.distances(torch.cat([lin.weight.flatten() for lin in model.lins]))
+    rows = trainer._cached.distances(
+        torch.cat([linear_weight(lin).flatten() for lin in model.lins])
+    )
     with torch.no_grad():
         expected = model.eval()(images[:4], images[4:8]).flatten()
     torch.testing.assert_close(rows[0], expected, rtol=1e-4, atol=1e-9)

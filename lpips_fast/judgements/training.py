@@ -42,6 +42,7 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from ..compat import BCERankingLoss
+from ..linear import linear_weight
 from ..lpips import LPIPS
 from ..normalization import Normalization
 from ..weights import read_state_dict
@@ -219,7 +220,7 @@ def new_model(
         )
     if initialization == "ones":
         for lin in model.lins:
-            nn.init.ones_(lin.weight)  # type: ignore[arg-type]
+            nn.init.ones_(linear_weight(lin))  # type: ignore[arg-type]
     return model
 
 
@@ -399,7 +400,7 @@ class Trainer:
     @torch.no_grad()
     def _project(self) -> None:
         for lin in self.model.lins:
-            lin.weight.clamp_(min=0)  # type: ignore[operator, union-attr]
+            linear_weight(lin).clamp_(min=0)  # type: ignore[arg-type]
 
     # -------------------------------------------------------------------------- validation
 
