@@ -32,6 +32,7 @@ from torch import Tensor
 from lpips_fast import functional  # noqa: F401  (loads the operators)
 from lpips_fast.lpips import ScalingLayer
 from lpips_fast.trunk import Trunk, cuda_convolution
+from lpips_fast.trunk.convolution import Convolution
 
 HERE = Path(__file__).resolve().parent
 PIXELS, BATCHES = (64, 256, 512), (1, 8, 32)
@@ -276,12 +277,13 @@ def trunk_calls(dtype: torch.dtype) -> Iterator[tuple[str, int | None, Call, Cal
     conv = torch.nn.Conv2d(64, 64, 3, padding=1, device="cuda", dtype=dtype).requires_grad_(False)
     conv = conv.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
     cuda_convolution.WITHOUT_ENGINE.clear()
-    cuda_convolution.conv_relu(conv, x)
+    ours = Convolution(conv.weight, conv.bias, stride=1, padding=1, packed=None)
+    cuda_convolution.convolve(ours, x)
     way = "no fused engine" if cuda_convolution.WITHOUT_ENGINE else "cuDNN's fused call"
     yield (
         f"convolution 3x3 with bias and ReLU, 8 × 64 × 256² ({way})",
         None,
-        lambda: cuda_convolution.conv_relu(conv, x),
+        lambda: cuda_convolution.convolve(ours, x),
         lambda: conv(x).relu_(),
     )
 

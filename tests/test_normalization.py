@@ -19,6 +19,7 @@ import lpips_fast
 from lpips_fast import LPIPS, functional
 from lpips_fast.cli.model import metric_name
 from lpips_fast.judgements.channel_means import channel_means, dropout_deviations
+from lpips_fast.linear import linear_weight
 from lpips_fast.normalization import (
     EPS,
     NORMALIZATIONS,
@@ -425,7 +426,7 @@ def test_training_from_the_cache() -> None:
     trainer.train_epoch()
     assert trainer.caches and trainer._cached is not None
     rows = trainer._cached.distances(
-        torch.cat([lin.model[-1].weight.flatten() for lin in model.lins])
+        torch.cat([linear_weight(lin).flatten() for lin in model.lins])
     )
     with torch.no_grad():
         expected = model.eval()(images[:4], images[4:8]).flatten()

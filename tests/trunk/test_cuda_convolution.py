@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Iterator
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -15,8 +16,10 @@ from torch import Tensor, nn
 
 import lpips_fast
 from lpips_fast import kernels
-from lpips_fast.trunk import convolution, cuda_convolution
-from lpips_fast.trunk.cuda_convolution import WITHOUT_ENGINE, conv_relu
+from lpips_fast.trunk import cuda_convolution, fire, slices
+from lpips_fast.trunk.convolution import Convolution
+from lpips_fast.trunk.cuda_convolution import WITHOUT_ENGINE, convolve, input_gradient
+from lpips_fast.trunk.legality import device_fault
 
 CONVOLUTIONS = [
     {"in_channels": 3, "out_channels": 64, "kernel_size": 11, "stride": 4, "padding": 2},
@@ -49,8 +52,6 @@ class Device:
 @pytest.fixture
 def device(monkeypatch: pytest.MonkeyPatch) -> Iterator[Device]:
     played = Device()
-    monkeypatch.setattr(cuda_convolution, "_is_served", lambda x: kernels.is_eager() and len(x) > 0)
-    monkeypatch.setattr(convolution, "_cpu_dtype", lambda conv, x: None)
     monkeypatch.setattr(torch.backends.cudnn, "is_available", lambda: True)
     WITHOUT_ENGINE.clear()
     with (
@@ -63,18 +64,33 @@ def device(monkeypatch: pytest.MonkeyPatch) -> Iterator[Device]:
     WITHOUT_ENGINE.clear()
 
 
+@pytest.fixture
+def played_trunk(device: Device, monkeypatch: pytest.MonkeyPatch) -> Device:
+    """Has slices that run by hand take the way of CUDA."""
+    of_cuda = slices._convolutions
+
+    def convolutions(layers, parameters, x):
+        return of_cuda(layers, parameters, SimpleNamespace(is_cuda=True, dtype=x.dtype))
+
+    monkeypatch.setattr(slices, "_convolutions", convolutions)
+    monkeypatch.setattr(slices, "_backend", lambda x: cuda_convolution)
+    monkeypatch.setattr(fire, "has_border", lambda x: False)
+    return device
+
+
 def frozen(**options) -> nn.Conv2d:
-    conv = nn.Conv2d(**options).requires_grad_(False)
-    return conv.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+    return nn.Conv2d(**options).requires_grad_(False)
+
+
+def of(conv: nn.Conv2d) -> Convolution:
+    """As a slice hands it on: weights channels-last, nothing packed."""
+    weight = conv.weight.contiguous(memory_format=torch.channels_last)
+    return Convolution(weight, conv.bias, conv.stride[0], conv.padding[0], None)
 
 
 def image(conv: nn.Conv2d, shape=(2, 19, 23), dtype=torch.float32) -> Tensor:
     x = torch.randn(shape[0], conv.in_channels, *shape[1:], dtype=dtype)
     return x.contiguous(memory_format=torch.channels_last)
-
-
-def takes(conv: nn.Conv2d, x: Tensor) -> bool:
-    return conv_relu(conv, x) is not None
 
 
 def error(result: Tensor, expected: Tensor) -> float:
@@ -83,40 +99,37 @@ def error(result: Tensor, expected: Tensor) -> float:
 
 @pytest.mark.parametrize("options", CONVOLUTIONS, ids=str)
 @pytest.mark.parametrize("way", ["fused", "no engine", "keep_nan"])
-def test_value_and_image_gradient(device, options, way):
+def test_value(device, options, way):
     if way == "no engine":
         device.refusal = RuntimeError("GET was unable to find an engine")
     conv = frozen(**options)
-    x = image(conv).requires_grad_()
-    y = convolution.conv_relu(conv, x, keep_nan=way == "keep_nan")
+    x = image(conv)
+    y = convolve(of(conv), x, keep_nan=way == "keep_nan")
     assert (device.fused, device.two_passes) == {
         "fused": (1, 0),
         "no engine": (1, 1),
         "keep_nan": (0, 1),
     }[way]
-    x64 = x.detach().double().requires_grad_()
+    assert error(y, copy.deepcopy(conv).double()(x.double()).relu()) < 1e-6
+    assert torch.equal(convolve(of(conv), x, keep_nan=way == "keep_nan"), y)
+
+
+@pytest.mark.parametrize("options", CONVOLUTIONS, ids=str)
+@pytest.mark.parametrize("through_relu", [False, True])
+@pytest.mark.parametrize("has_addend", [False, True])
+def test_image_gradient(options, through_relu, has_addend):
+    conv = frozen(**options)
+    x = image(conv).relu()
+    x64 = x.double().requires_grad_()
     y64 = copy.deepcopy(conv).double()(x64)
-    assert error(y, y64.relu()) < 1e-6
-    with torch.no_grad():
-        assert torch.equal(convolution.conv_relu(conv, x, keep_nan=way == "keep_nan"), y)
-    grad = torch.randn_like(y)
-    (got,) = torch.autograd.grad(y, x, grad)
-    # Through our own mask: a value within rounding of 0 may fall on either side.
-    (expected,) = torch.autograd.grad(y64, x64, grad.double() * (y > 0))
-    assert error(got, expected) < 1e-5
-
-
-@pytest.mark.parametrize("way", ["fused", "no engine"])
-def test_second_derivative(device, way):
-    if way == "no engine":
-        device.refusal = RuntimeError("cuDNN error: CUDNN_STATUS_NOT_SUPPORTED")
-    conv = frozen(in_channels=3, out_channels=4, kernel_size=3, padding=1)
-    x = image(conv, (1, 6, 6)).requires_grad_()
-    results = []
-    for function in (conv_relu, lambda conv, x: conv(x).relu()):
-        (grad,) = torch.autograd.grad(function(conv, x).square().sum(), x, create_graph=True)
-        results.append(torch.autograd.grad(grad.square().sum(), x)[0])
-    torch.testing.assert_close(*results, rtol=1e-4, atol=1e-5)
+    grad = torch.randn_like(y64, dtype=torch.float32)
+    add = torch.randn_like(x) if has_addend else None
+    (expected,) = torch.autograd.grad(y64, x64, grad.double())
+    if add is not None:
+        expected = expected + add.double()
+    if through_relu:
+        expected = expected * (x > 0)
+    assert error(input_gradient(of(conv), grad, x, through_relu, add), expected) < 1e-5
 
 
 class TestWithoutAnEngine:
@@ -127,45 +140,45 @@ class TestWithoutAnEngine:
         for _ in range(3):
             for size in ((1, 9, 9), (2, 12, 7)):
                 x = image(first, size)
-                torch.testing.assert_close(conv_relu(first, x), first(x).relu())
+                torch.testing.assert_close(convolve(of(first), x), first(x).relu())
         assert (device.fused, device.two_passes) == (1, 6)
-        conv_relu(second, image(second))
+        convolve(of(second), image(second))
         assert (device.fused, device.two_passes) == (2, 7)
-        conv_relu(first.bfloat16(), image(first, dtype=torch.bfloat16))
+        convolve(of(first.bfloat16()), image(first, dtype=torch.bfloat16))
         assert (device.fused, device.two_passes) == (3, 8)
         device.refusal = None
-        conv_relu(first, image(first, dtype=torch.bfloat16))
+        convolve(of(first), image(first, dtype=torch.bfloat16))
         assert (device.fused, device.two_passes) == (3, 9)
 
     def test_tf32_is_asked_for_apart(self, device):
         conv = frozen(in_channels=8, out_channels=4, kernel_size=3)
         device.refusal = RuntimeError("GET was unable to find an engine")
         with torch.backends.cudnn.flags(enabled=True, allow_tf32=False):
-            conv_relu(conv, image(conv))
+            convolve(of(conv), image(conv))
         device.refusal = None
         with torch.backends.cudnn.flags(enabled=True, allow_tf32=True):
-            conv_relu(conv, image(conv))
+            convolve(of(conv), image(conv))
         assert (device.fused, device.two_passes) == (2, 1)
 
     def test_short_memory_is_no_missing_engine(self, device):
         conv = frozen(in_channels=8, out_channels=4, kernel_size=3)
         device.refusal = torch.OutOfMemoryError("CUDA out of memory")
         with pytest.raises(torch.OutOfMemoryError):
-            conv_relu(conv, image(conv))
+            convolve(of(conv), image(conv))
         assert not WITHOUT_ENGINE and device.two_passes == 0
 
     def test_wrong_arguments_are_no_missing_engine(self, device):
         conv = frozen(in_channels=8, out_channels=4, kernel_size=3)
         device.refusal = RuntimeError("cuDNN error")
         with pytest.raises(RuntimeError, match=r"expected input.* to have 8 channels"):
-            conv_relu(conv, torch.randn(1, 5, 9, 9))
+            convolve(of(conv), torch.randn(1, 5, 9, 9))
         assert not WITHOUT_ENGINE
 
 
 class TestWhereFusingIsNotWanted:
     def way(self, device, conv) -> str:
         device.fused = device.two_passes = 0
-        conv_relu(conv, image(conv))
+        convolve(of(conv), image(conv))
         return {(1, 0): "fused", (0, 1): "two passes"}[device.fused, device.two_passes]
 
     def test_deterministic_algorithms(self, device, poisoned):
@@ -188,14 +201,14 @@ class TestWhereFusingIsNotWanted:
         conv = frozen(in_channels=3, out_channels=64, kernel_size=3, padding=1)
         for side, fits in ((1024, True), (8192, False)):  # 64 * 8192^2 = 2^32
             x = torch.empty(1, 3, side, side, device="meta")
-            assert cuda_convolution._cudnn_may_fuse(conv, x) is fits
+            assert cuda_convolution._cudnn_may_fuse(of(conv), x) is fits
 
     def test_nan_comes_through(self, device):
         conv = frozen(in_channels=3, out_channels=8, kernel_size=3)
         x = image(conv)
         x[0, 1, 4, 4] = torch.nan
-        assert conv_relu(conv, x, keep_nan=True).isnan().any()
-        assert not conv_relu(conv, x).isnan().any()  # as this cuDNN has it
+        assert convolve(of(conv), x, keep_nan=True).isnan().any()
+        assert not convolve(of(conv), x).isnan().any()  # as this cuDNN has it
 
     def test_results_of_another_order(self, device, monkeypatch):
         """torch's convolution without cuDNN returns NCHW, which our kernel does not take."""
@@ -205,75 +218,52 @@ class TestWhereFusingIsNotWanted:
             "torch.nn.functional.conv2d", lambda *arguments: plain(*arguments).contiguous()
         )
         x = image(conv)
-        torch.testing.assert_close(conv_relu(conv, x, keep_nan=True), conv(x).relu())
+        torch.testing.assert_close(convolve(of(conv), x, keep_nan=True), conv(x).relu())
         assert device.two_passes == 0
 
 
 class TestDtypes:
-    @pytest.mark.parametrize("weights", [torch.float32, torch.bfloat16], ids=str)
-    def test_autocast(self, device, weights):
-        conv = frozen(in_channels=16, out_channels=32, kernel_size=3, padding=1).to(weights)
-        x = image(conv).requires_grad_()
-        with torch.autocast("cpu", dtype=torch.bfloat16):
-            expected = conv(x).relu()
-            y = convolution.conv_relu(conv, x)
-            assert y.dtype == expected.dtype == torch.bfloat16
-        assert device.fused == 1
-        (grad,) = torch.autograd.grad(y.float().sum(), x)
-        (expected_grad,) = torch.autograd.grad(expected.float().sum(), x)
-        assert grad.dtype == torch.float32
-        torch.testing.assert_close(y, expected)
-        torch.testing.assert_close(grad, expected_grad, rtol=0.02, atol=0.02)
+    @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+    def test_weights_come_in_the_images_dtype_and_channels_last(self, dtype):
+        """Autocast leaves the weights as they are, and cuDNN wants one dtype."""
+        layers = slices.slice_layers("squeeze", 2)
+        weights = [p for k, p in trunk_weights("squeeze").items() if k.startswith("features.3.")]
+        x = SimpleNamespace(is_cuda=True, dtype=dtype)
+        pool, convolutions, *_ = slices._convolutions(layers, weights * 2, x)
+        assert pool == [] and [conv.padding for conv in convolutions] == [0, 0, 1]
+        for conv, weight, bias in zip(convolutions, weights[::2], weights[1::2]):
+            assert conv.weight.is_contiguous(memory_format=torch.channels_last)
+            assert torch.equal(conv.weight, weight.to(dtype))
+            assert torch.equal(conv.bias, bias.to(dtype))
 
-    def test_what_is_left_to_torch(self, device):
-        conv = frozen(in_channels=3, out_channels=8, kernel_size=3)
-        assert takes(conv, image(conv))
-        for x in (
-            image(conv, dtype=torch.float64),
-            image(conv, dtype=torch.bfloat16),  # beside float32 weights: torch's own error
-            torch.zeros(0, 3, 9, 9),
-        ):
-            assert not takes(conv, x)
-        assert not takes(conv.double(), image(conv, dtype=torch.float64))
-        with torch.autocast("cpu", dtype=torch.bfloat16):  # leaves float64 alone
-            assert not takes(conv, image(conv, dtype=torch.float32))
-
-    def test_learning_weights_are_torchs(self, device):
-        conv = nn.Conv2d(3, 8, 3)
-        x = image(conv)
-        assert not takes(conv, x)
-        with torch.no_grad():
-            assert takes(conv, x)
-            assert not conv_relu(conv, x).requires_grad
-        conv.weight.requires_grad_(False)
-        assert not takes(conv, x)  # a bias that learns
-        y = convolution.conv_relu(conv, x)
-        y.sum().backward()
-        assert conv.bias is not None and conv.bias.grad is not None
-
-    def test_transforms_are_torchs(self, device):
-        conv = frozen(in_channels=3, out_channels=4, kernel_size=3)
-        grad = torch.func.grad(lambda x: convolution.conv_relu(conv, x).sum())(image(conv))
-        assert grad.abs().max() > 0 and device.fused == 0
+    def test_what_is_left_to_torch(self, monkeypatch):
+        monkeypatch.setattr(kernels.dispatch, "LOADED_LIBRARIES", ["_cpu_default", "_cuda"])
+        cuda = torch.device("cuda")
+        for dtype in cuda_convolution.DTYPES:
+            assert device_fault(cuda, dtype) is None
+        assert "torch.float64 on CUDA" in str(device_fault(cuda, torch.float64))
 
 
 @pytest.mark.parametrize("net", ["alex", "squeeze"])
 @pytest.mark.parametrize("engine", [True, False])
-def test_whole_model(device, net, engine, monkeypatch):
+def test_whole_model(played_trunk, net, engine):
     """Value and gradient as by torch's own operators."""
     if not engine:
-        device.refusal = RuntimeError("GET was unable to find an engine")
+        played_trunk.refusal = RuntimeError("GET was unable to find an engine")
     model = lpips_fast.LPIPS(net=net, weights=trunk_weights(net), verbose=False)
+    by_modules = copy.deepcopy(model)
+    for block in by_modules.net.slices():
+        block.register_forward_hook(lambda *_: None)
     outcomes = []
-    for served in (True, False):
-        monkeypatch.setattr(cuda_convolution, "_is_served", lambda x, served=served: served)
+    for each in (model, by_modules):
+        played_trunk.fused = played_trunk.two_passes = 0
         in0, in1 = image_pair(2, 67, 83, torch.float32, seed=0)
         in0.requires_grad_()
-        value = model(in0, in1)
+        value = each(in0, in1)
         (grad,) = torch.autograd.grad(value.sum(), in0)
         outcomes.append((value, grad))
-        if served:
-            assert device.fused > 0 and device.two_passes > 0
+        by_hand = each is model
+        assert (played_trunk.fused > 0 and played_trunk.two_passes > 0) is by_hand
     (value, grad), (expected, expected_grad) = outcomes
     assert error(value, expected.double()) < 1e-5
     assert error(grad, expected_grad.double()) < 1e-4
@@ -283,7 +273,7 @@ class TestSwitch:
     def test_off_in_the_environment(self, run_python):
         code = """
             import torch
-            from lpips_fast import ops
+            from lpips_fast import kernels
             kernels.LOADED_LIBRARIES.append("_cuda")
             print(*(kernels.has_trunk_kernels(torch.device(d)) for d in ("cpu", "cuda", "meta")))
             print(kernels.has_kernel(torch.device("cuda")))
@@ -296,6 +286,6 @@ class TestSwitch:
         ]
 
     def test_without_our_library_all_is_torchs(self, monkeypatch):
-        monkeypatch.setattr(kernels, "LOADED_LIBRARIES", ["_cpu_default"])
+        monkeypatch.setattr(kernels.dispatch, "LOADED_LIBRARIES", ["_cpu_default"])
         assert not kernels.has_trunk_kernels(torch.device("cuda"))
         assert not kernels.has_kernel(torch.device("cuda"))
