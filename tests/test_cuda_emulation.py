@@ -182,6 +182,7 @@ def emulator(library: Emulator) -> Iterator[Emulator]:
     library.multiprocessors, library.thread_order = 4, 0
     yield library
     library.release()
+    assert not library.races()
 
 
 # ---------------------------------------------------------------------------- inputs, reference

@@ -115,6 +115,7 @@ def emulator(library: Emulator) -> Iterator[Emulator]:
     library.thread_order = library.ends = 0
     yield library
     library.release()
+    assert not library.races()
 
 
 def random_images(shape: Sequence[int], dtype: torch.dtype, seed: int) -> Tensor:

@@ -280,6 +280,31 @@ inline int64_t positions_per_round(const LayerTask& task, const Launch& launch, 
 
 // Blocks that a multiprocessor runs at a time, about, and rounds that are worth a block's start.
 constexpr int64_t kResidentBlocks = 4, kWorthwhileRounds = 4;
+// A block's start, in rounds: about a quarter.
+constexpr int64_t kStartsPerRound = 4;
+
+// The rounds of an image of every layer, and how often they come.
+struct ImageRounds {
+  int64_t images, rounds;
+};
+
+// How many rounds a block should take so that a device that runs `slots` blocks at a time is done
+// first: waves of blocks, times what a block of a wave takes. 2048 rounds on 528 slots are one wave
+// of 512 blocks of four, and 1.3 waves, that is two, of 683 blocks of three.
+inline int64_t balanced_rounds(const std::vector<ImageRounds>& layers, int64_t slots) {
+  int64_t best = 1, least = INT64_MAX;
+  for (int64_t candidate = 1; candidate <= kWorthwhileRounds; ++candidate) {
+    int64_t blocks = 0;
+    for (const ImageRounds& layer : layers)
+      blocks += layer.images * divide_up(layer.rounds, candidate);
+    const int64_t time = divide_up(blocks, slots) * (candidate * kStartsPerRound + 1);
+    if (time <= least) {
+      least = time;
+      best = candidate;
+    }
+  }
+  return best;
+}
 
 // Cuts the layers' positions into blocks. A block walks through a run of positions of one image in
 // rounds; rounds are alike in bytes for all layers, so that blocks of equal rounds are balanced.
@@ -288,16 +313,17 @@ constexpr int64_t kResidentBlocks = 4, kWorthwhileRounds = 4;
 inline void cut_into_blocks(Launch& launch, const std::vector<LayerWork>& works, int element_size,
                             int64_t multiprocessors, int64_t blocks_per_multiprocessor,
                             bool sums_over_image) {
+  std::vector<ImageRounds> layers;
   int64_t total_rounds = 0, longest_image = 0;
   for (size_t l = 0; l < works.size(); ++l) {
     const LayerTask& task = launch.tasks.layers[l];
     const int64_t rounds =
         divide_up(task.positions, positions_per_round(task, launch, element_size));
+    layers.push_back({works[l].layer.n, rounds});
     total_rounds += works[l].layer.n * rounds;
     longest_image = std::max(longest_image, rounds);
   }
-  int64_t most_rounds =
-      std::clamp<int64_t>(total_rounds / (multiprocessors * kResidentBlocks), 1, kWorthwhileRounds);
+  int64_t most_rounds = balanced_rounds(layers, multiprocessors * kResidentBlocks);
   // A small image in one block saves the launch that would add the blocks' sums.
   if (sums_over_image && longest_image <= kWorthwhileRounds) most_rounds = kWorthwhileRounds;
   most_rounds =

@@ -2,9 +2,6 @@
 // tests/test_cuda_trunk_emulation.py builds and calls it.
 #include "cuda_emulation.h"
 
-#define LPIPS_FAST_LAUNCH(kernel, blocks, threads, stream, tasks) \
-  (stream)->launch(blocks, threads, [=] { (kernel)(tasks); })
-
 #include <exception>
 #include <string>
 
