@@ -50,4 +50,4 @@ $(VENV)/.built: $(VENV)/.torch $(SOURCES)
 	touch $@
 
 clean:
-	rm -rf $(VENV) build demo_output *.egg-info lpips_fast/*.so
+	rm -rf $(VENV) build demo_output *.egg-info lpips_fast/kernels/*.so

@@ -45,7 +45,7 @@ DEFAULT_ARCH_LIST = "7.5;8.0;8.6;8.9;9.0;10.0;12.0+PTX"
 CUDA_SOURCES = sorted(str(path.relative_to(ROOT)) for path in (ROOT / "csrc/cuda").glob("*.cu"))
 
 # at::vec is chosen at compile time, so the CPU kernels are built once per capability that torch
-# itself distinguishes, each into a library of its own; lpips_fast/ops.py loads the right one.
+# itself distinguishes, each into a library of its own; kernels/libraries.py loads the right one.
 X86_CAPABILITIES = {
     "avx2": "-mavx2 -mfma -mf16c",
     "avx512": "-mavx512f -mavx512bw -mavx512vl -mavx512dq -mfma -mf16c",
@@ -194,7 +194,7 @@ def cpu_extension(
 ) -> Extension:
     gcc = [] if sys.platform == "darwin" else GCC_FLAGS
     return cpp_extension.CppExtension(
-        f"lpips_fast.{name}",
+        f"lpips_fast.kernels.{name}",
         sources,
         include_dirs=[pybind11.get_include()],
         define_macros=list(define.items()),
@@ -246,7 +246,7 @@ def extensions() -> list[Extension]:
         )
     if toolkit:
         result.append(
-            CUDALibrary("lpips_fast._cuda", CUDA_SOURCES, toolkit, gencode_flags(arch_list))
+            CUDALibrary("lpips_fast.kernels._cuda", CUDA_SOURCES, toolkit, gencode_flags(arch_list))
         )
     return result
 

@@ -29,9 +29,9 @@ import torch.nn.functional as F
 from timing import seconds_of
 from torch import Tensor
 
-from lpips_fast import cuda_convolution, functional  # noqa: F401  (loads the operators)
+from lpips_fast import functional  # noqa: F401  (loads the operators)
 from lpips_fast.lpips import ScalingLayer
-from lpips_fast.trunk import Trunk
+from lpips_fast.trunk import Trunk, cuda_convolution
 
 HERE = Path(__file__).resolve().parent
 PIXELS, BATCHES = (64, 256, 512), (1, 8, 32)

@@ -33,10 +33,10 @@ from report import head
 from timing import seconds_of
 
 import lpips_fast
-from lpips_fast.export import FORMATS, export_model, export_torch
-from lpips_fast.exported import check_exported, load_exported
-from lpips_fast.images import read_image
-from lpips_fast.quantization import quantize
+from lpips_fast.export.exported import check_exported, load_exported
+from lpips_fast.export.exporters import FORMATS, export_model, export_torch
+from lpips_fast.export.quantization import quantize
+from lpips_fast.images.reading import read_image
 from lpips_fast.weights import WeightsNotFoundError
 
 CPU = torch.device("cpu")

@@ -29,7 +29,7 @@ from timing import seconds_of
 from torch import Tensor
 
 import lpips_fast
-from lpips_fast.images import image_to_tensor, read_image
+from lpips_fast.images.reading import image_to_tensor, read_image
 
 CPU = torch.device("cpu")
 RESULTS = Path(__file__).resolve().parent / "results"

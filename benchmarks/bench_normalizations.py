@@ -25,15 +25,16 @@ from report import head
 from timing import seconds_of
 from torch import Tensor
 
-from lpips_fast import LPIPS, plots
-from lpips_fast.analysis import (
+from lpips_fast import LPIPS
+from lpips_fast.analysis import figures as plots
+from lpips_fast.analysis.parts import (
     NormalizationTable,
     compare_normalizations,
     describe,
     layer_names,
     rank_correlation,
 )
-from lpips_fast.images import image_to_tensor, read_image_uint8
+from lpips_fast.images.reading import image_to_tensor, read_image_uint8
 from lpips_fast.normalization import NORMALIZATIONS
 from lpips_fast.weights import WeightsError
 

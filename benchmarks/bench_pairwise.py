@@ -30,8 +30,8 @@ from contenders import build_other, build_ours
 from report import head
 from timing import seconds_of
 
-from lpips_fast.pairwise import pairwise, plan
-from lpips_fast.peak_memory import added_at_peak
+from lpips_fast.choice.peak_memory import added_at_peak
+from lpips_fast.pairs.all_pairs import pairwise, plan
 
 CPU = torch.device("cpu")
 GIB = 2**30

@@ -26,8 +26,8 @@ import torch
 from contenders import build_other, trunk_weights
 from timing import seconds_of
 
-from lpips_fast.judgements import load_batches
-from lpips_fast.training import Trainer, TrainingOptions, new_model
+from lpips_fast.judgements.datasets import load_batches
+from lpips_fast.judgements.training import Trainer, TrainingOptions, new_model
 
 RESULTS = Path(__file__).resolve().parent / "results"
 PAPER_EPOCHS = 10

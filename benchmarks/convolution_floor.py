@@ -18,9 +18,9 @@ import torch.nn.functional as F
 from timing import seconds_of
 from torch import Tensor, nn
 
-from lpips_fast.fire import FireModule
 from lpips_fast.lpips import ScalingLayer
 from lpips_fast.trunk import Trunk
+from lpips_fast.trunk.fire import FireModule
 
 # A convolution that takes longer than this is bound by arithmetic in every layout; no other way of
 # running it is tried, since each try would take as long.

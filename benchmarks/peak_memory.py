@@ -19,7 +19,7 @@ from typing import Any
 import torch
 from contenders import UnavailableError, build_other, build_ours, image_pair
 
-from lpips_fast.peak_memory import ENVIRONMENT, added_at_peak
+from lpips_fast.choice.peak_memory import ENVIRONMENT, added_at_peak
 
 PACKAGES = ("lpips_fast", "lpips")
 MODES = ("forward", "step")

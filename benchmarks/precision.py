@@ -13,7 +13,7 @@ from contenders import trunk_weights
 from torch import Tensor
 
 import lpips_fast
-from lpips_fast.images import read_image
+from lpips_fast.images.reading import read_image
 
 REPOSITORY = Path(__file__).resolve().parents[1]
 NETS = ("alex", "squeeze", "vgg")

@@ -1,5 +1,5 @@
 // The operator's contract, shared by its CPU and CUDA implementations: what is accepted, how it is
-// described to a kernel, and how outputs are laid out. Python's fake kernels (lpips_fast/ops.py)
+// described to a kernel, and how outputs are laid out. Python's fake kernels (lpips_fast/kernels)
 // state the same layout rule for torch.compile.
 //
 //   distance(feats0, feats1, weights, eps) -> (N, L)

@@ -1,5 +1,5 @@
 // Operator schemas. Implementations register themselves by dispatch key: csrc/cpu and csrc/cuda.
-// Fake kernels and autograd are registered in lpips_fast/ops.py.
+// Fake kernels and autograd are registered in lpips_fast/kernels.
 #include "stable_abi.h"
 
 STABLE_TORCH_LIBRARY(lpips_fast, m) {

@@ -14,9 +14,9 @@ from pathlib import Path
 import torch
 from demo import RANDOM, add_arguments, load_model
 
-from lpips_fast.analysis import compare_normalizations, describe, layer_names
-from lpips_fast.images import read_image
-from lpips_fast.plots import plot_normalization_table, plot_normalizations
+from lpips_fast.analysis.figures import plot_normalization_table, plot_normalizations
+from lpips_fast.analysis.parts import compare_normalizations, describe, layer_names
+from lpips_fast.images.reading import read_image
 from lpips_fast.weights import WeightsError
 
 HERE = Path(__file__).resolve().parent

@@ -13,8 +13,8 @@ from pathlib import Path
 import torch
 
 import lpips_fast
-from lpips_fast.heatmap import save_heatmap, save_map_numbers
-from lpips_fast.images import read_image
+from lpips_fast.images.heatmap import save_heatmap, save_map_numbers
+from lpips_fast.images.reading import read_image
 from lpips_fast.weights import WeightsError, WeightsNotFoundError
 
 HERE = Path(__file__).resolve().parent

@@ -12,10 +12,10 @@ from pathlib import Path
 import torch
 from demo import RANDOM, add_arguments, load_model
 
-from lpips_fast.export import export_onnx
-from lpips_fast.exported import check_exported, load_exported
-from lpips_fast.images import read_image
-from lpips_fast.quantization import quantize
+from lpips_fast.export.exported import check_exported, load_exported
+from lpips_fast.export.exporters import export_onnx
+from lpips_fast.export.quantization import quantize
+from lpips_fast.images.reading import read_image
 from lpips_fast.weights import WeightsError
 
 HERE = Path(__file__).resolve().parent

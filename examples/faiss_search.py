@@ -19,7 +19,7 @@ import faiss
 import torch
 
 import lpips_fast
-from lpips_fast.images import read_image
+from lpips_fast.images.reading import read_image
 
 HERE = Path(__file__).resolve().parent
 

@@ -22,7 +22,7 @@ from torch import Tensor
 from tqdm import trange
 
 import lpips_fast
-from lpips_fast.images import ImageError, read_image
+from lpips_fast.images.reading import ImageError, read_image
 from lpips_fast.weights import WeightsError
 
 HERE = Path(__file__).resolve().parent

@@ -20,9 +20,9 @@ from demo import RANDOM, add_arguments, find_trunk
 from torch import Tensor
 
 import lpips_fast
-from lpips_fast.judgements import TwoAFCDataset
-from lpips_fast.scoring import evaluate_2afc, triplet_distances
-from lpips_fast.training import Trainer, TrainingOptions, new_model
+from lpips_fast.judgements.datasets import TwoAFCDataset
+from lpips_fast.judgements.scoring import evaluate_2afc, triplet_distances
+from lpips_fast.judgements.training import Trainer, TrainingOptions, new_model
 from lpips_fast.weights import WeightsError
 
 

@@ -1,6 +1,14 @@
-"""LPIPS, several times faster: ``import lpips_fast as lpips`` and go on."""
+"""LPIPS, several times faster: ``import lpips_fast as lpips`` and go on.
 
-from . import functional, pairwise
+The metric is loaded with the package. What stands on it (all pairs, folders, learning, analysis,
+export and the rest) is loaded when it is first named: ``lpips_fast.metrics.LPIPSMetric`` needs no
+import of its own.
+"""
+
+from importlib import import_module
+from typing import TYPE_CHECKING
+
+from . import functional
 from .compat import (
     DSSIM,
     L2,
@@ -25,17 +33,57 @@ from .compat import (
 from .features import Features
 from .lpips import LPIPS, NetLinLayer, ScalingLayer, spatial_average, upsample
 from .normalization import NORMALIZATIONS, normalize_features, normalize_tensor
+from .version import __version__
 
-__version__ = "0.1.0"
+if TYPE_CHECKING:
+    from . import (
+        analysis,
+        choice,
+        export,
+        folders,
+        images,
+        judgements,
+        metrics,
+        pairs,
+        pairwise,
+        plots,
+        training,
+        trunk,
+        weights,
+    )
+    from .choice import recommend_trunk
+
+# Not needed to measure a distance, and so not loaded with the package.
+_LATE_MODULES = frozenset(
+    {
+        "analysis",
+        "choice",
+        "export",
+        "folders",
+        "images",
+        "judgements",
+        "metrics",
+        "pairs",
+        "pairwise",
+        "plots",
+        "training",
+        "trunk",
+        "weights",
+    }
+)
+_LATE_NAMES = {"recommend_trunk": "choice"}
 
 
 def __getattr__(name: str) -> object:
-    # Not needed to measure a distance, and so not loaded with the package.
-    if name == "recommend_trunk":
-        from .recommendation import recommend_trunk
-
-        return recommend_trunk
+    if name in _LATE_MODULES:
+        return import_module(f"{__name__}.{name}")
+    if name in _LATE_NAMES:
+        return getattr(import_module(f"{__name__}.{_LATE_NAMES[name]}"), name)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return __all__
 
 
 __all__ = [
@@ -49,15 +97,25 @@ __all__ = [
     "Features",
     "NetLinLayer",
     "ScalingLayer",
+    "__version__",
+    "analysis",
+    "choice",
     "dssim",
+    "export",
+    "folders",
     "functional",
     "im2tensor",
+    "images",
+    "judgements",
     "l2",
     "load_image",
+    "metrics",
     "normalize_features",
     "normalize_tensor",
     "np2tensor",
+    "pairs",
     "pairwise",
+    "plots",
     "print_network",
     "psnr",
     "recommend_trunk",
@@ -68,6 +126,9 @@ __all__ = [
     "tensor2tensorlab",
     "tensor2vec",
     "tensorlab2tensor",
+    "training",
+    "trunk",
     "upsample",
     "voc_ap",
+    "weights",
 ]

@@ -160,7 +160,7 @@ def load_image(path: str | os.PathLike[str]) -> np.ndarray:
         with rawpy.imread(os.fspath(path)) as raw:
             return raw.postprocess()
 
-    from .images import read_image_uint8
+    from .images.reading import read_image_uint8
 
     return read_image_uint8(path, alpha="drop")
 

@@ -10,7 +10,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from . import composed, ops
+from . import composed, kernels
 from .inputs import warn_of_features
 from .normalization import (
     EPS,
@@ -83,9 +83,9 @@ def _layer_weights(
 
 
 def _is_fused(normalization: Normalization, feats: Sequence[Tensor]) -> bool:
-    if check_normalization(normalization) != "l2" or ops.has_tangents():
+    if check_normalization(normalization) != "l2" or kernels.has_tangents():
         return False
-    return ops.has_kernel(feats[0].device)
+    return kernels.has_kernel(feats[0].device)
 
 
 def distance(

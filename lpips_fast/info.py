@@ -7,14 +7,15 @@ import platform
 
 import torch
 
-from . import __version__, ops
-from .trunk import TRUNKS
+from .kernels import LOADED_LIBRARIES
+from .trunk.table import TRUNKS
+from .version import __version__
 from .weights import locate_trunk_weights
 
 
 def collect() -> dict[str, str]:
     """Every fact by its name, in the order in which :func:`report` prints them."""
-    from . import _C
+    from .kernels import _C
 
     built = json.loads(_C.build_info())
     facts = {
@@ -23,7 +24,7 @@ def collect() -> dict[str, str]:
         "torch": torch.__version__,
         "built against torch": f"{built['torch']} (stable ABI of 2.10: loads in 2.10 and later)",
         "compiler": built["compiler"],
-        "CPU kernels": f"{ops.LOADED_LIBRARIES[0]} loaded, of {built['cpu_capabilities']} built",
+        "CPU kernels": f"{LOADED_LIBRARIES[0]} loaded, of {built['cpu_capabilities']} built",
         "CPU threads": str(torch.get_num_threads()),
         "CUDA kernels": _cuda_kernels(built),
         "CUDA devices": ", ".join(
@@ -44,7 +45,7 @@ def collect() -> dict[str, str]:
 def _cuda_kernels(built: dict[str, str]) -> str:
     if built["cuda_arch_list"] == "none":
         return f"not built: {built['cuda']}"
-    state = "loaded" if "_cuda" in ops.LOADED_LIBRARIES else "built, not loaded by a CPU torch"
+    state = "loaded" if "_cuda" in LOADED_LIBRARIES else "built, not loaded by a CPU torch"
     return f"{state}, for {built['cuda_arch_list']} ({built['cuda']})"
 
 

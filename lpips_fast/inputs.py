@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from .features import Features
-from .trunk import tap_shapes
+from .trunk.table import tap_shapes
 
 
 def as_rgb_batch(

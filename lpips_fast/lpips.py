@@ -12,16 +12,17 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from . import functional, ops, slice_distance
+from . import functional, kernels, slice_distance
 from .composed import accumulator_dtype
 from .features import Features
 from .inputs import as_rgb_batch, check_features, check_same_size, common_batch, warn_of_values
 from .normalization import Normalization, check_normalization
-from .trunk import Slice, Trunk, check_layers, minimum_size, tap_channels, trunk_spec
+from .trunk.modules import Slice, Trunk
+from .trunk.table import check_layers, minimum_size, tap_channels, trunk_spec
 from .weights import WeightsError, load_lin_weights, load_trunk_weights, read_state_dict
 
 if TYPE_CHECKING:
-    from .image_source import Images
+    from .pairs.sources import Images
 
 VERSIONS = ("0.0", "0.1")
 REDUCTIONS = ("none", "mean", "sum")
@@ -69,7 +70,7 @@ class ScalingLayer(nn.Module):
             (sum of N_k, 3, H, W). The same numbers as by :meth:`forward`, in one pass over memory
             where there is a kernel for it: on the CPU and on CUDA.
         """
-        if ops.is_eager() and ops.has_trunk_kernels(self.shift.device):
+        if kernels.is_eager() and kernels.has_trunk_kernels(self.shift.device):
             shift, scale = self.shift, self.scale
             if version == "0.0":
                 shift, scale = torch.zeros_like(shift), torch.ones_like(scale)
@@ -357,7 +358,7 @@ class LPIPS(nn.Module):
     def _layers_in_one_pass(self, in0: Tensor, in1: Tensor, normalize: bool) -> list[Tensor]:
         """Every layer's distance of two images that both need a graph, or both none."""
         size = _size(in0)
-        if self._needs_graph(in0) or in0.numel() < _STREAMED_FROM or not ops.is_eager():
+        if self._needs_graph(in0) or in0.numel() < _STREAMED_FROM or not kernels.is_eager():
             split = [len(in0), len(in1)]
             taps = self._taps((in0, in1), normalize)
             pairs = [_broadcast(*tap.split(split)) for tap in taps]
@@ -538,7 +539,7 @@ class LPIPS(nn.Module):
 
         See :func:`lpips_fast.pairwise.pairwise` for the arguments.
         """
-        from .pairwise import pairwise
+        from .pairs.all_pairs import pairwise
 
         return pairwise(self, X, Y, **options)
 
@@ -547,7 +548,7 @@ class LPIPS(nn.Module):
 
         See :func:`lpips_fast.pairwise.nearest` for the arguments.
         """
-        from .pairwise import nearest
+        from .pairs.all_pairs import nearest
 
         return nearest(self, X, gallery, k, **options)
 
@@ -556,7 +557,7 @@ class LPIPS(nn.Module):
 
         See :func:`lpips_fast.embedding.embed` for the arguments.
         """
-        from .embedding import embed
+        from .pairs.embedding import embed
 
         return embed(self, x, **options)
 

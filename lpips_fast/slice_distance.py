@@ -12,14 +12,14 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from . import ops
+from . import kernels
 from .composed import EPS
-from .trunk import Slice, Trunk
+from .trunk.modules import Slice, Trunk
 
 
 def takes(trunk: Trunk, x: Tensor) -> bool:
     """Whether :func:`slice_distance` takes scaled images ``x``."""
-    return ops.is_eager() and trunk.records(x) and not torch.is_autocast_enabled("cpu")
+    return kernels.is_eager() and trunk.records(x) and not torch.is_autocast_enabled("cpu")
 
 
 def slice_distance(

@@ -559,7 +559,7 @@ def _select_features(state: object, net: str, origin: str) -> dict[str, Tensor]:
 
 
 def _expected_shapes(net: str) -> dict[str, tuple[int, ...]]:
-    from .trunk import feature_shapes  # here: the download and the command line need no trunk
+    from .trunk.table import feature_shapes  # here: the download and the command line need no trunk
 
     return feature_shapes(net)
 

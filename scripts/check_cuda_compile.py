@@ -221,7 +221,7 @@ def build_schemas(target: Path) -> None:
 
 
 def load(schemas: Path, library: Path) -> None:
-    """Loads both in a fresh process, as ops.py does; undefined symbols would show here."""
+    """Loads both in a fresh process, as the package does; undefined symbols would show here."""
     code = f"""
 import torch
 torch.ops.load_library({str(schemas)!r})

@@ -130,8 +130,8 @@ for i in range(torch.cuda.device_count()):
 
 step "build for $CAPABILITIES" build
 step "every kernel once" "$PYTHON" -c "$(small_case)"
-step "CUDA tests" "$PYTHON" -m pytest tests/test_cuda.py -q -p no:cacheprovider
-step "all other tests" "$PYTHON" -m pytest tests -q -p no:cacheprovider --ignore tests/test_cuda.py
+step "CUDA tests" "$PYTHON" -m pytest tests/kernels/test_cuda.py -q -p no:cacheprovider
+step "all other tests" "$PYTHON" -m pytest tests -q -p no:cacheprovider --ignore tests/kernels/test_cuda.py
 
 SANITIZER=$(command -v compute-sanitizer || true)
 for home in "${CUDA_HOME:-}" "${CUDA_PATH:-}" /usr/local/cuda; do

@@ -9,7 +9,7 @@ from parity import trunk_weights
 from torch import Tensor
 
 from lpips_fast import LPIPS
-from lpips_fast.pairwise import plan
+from lpips_fast.pairs.all_pairs import plan
 
 
 def model_of(net: str = "alex", **options: Any) -> LPIPS:

@@ -14,7 +14,7 @@ import torch
 from torch import nn
 
 from lpips_fast import compat
-from lpips_fast.images import ImageError
+from lpips_fast.images.reading import ImageError
 
 
 @pytest.fixture

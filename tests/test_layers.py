@@ -13,8 +13,8 @@ from torch import Tensor, nn
 
 import lpips_fast
 from lpips_fast import LPIPS, trunk
-from lpips_fast.embedding import embedding_size
-from lpips_fast.pairwise import plan
+from lpips_fast.pairs.all_pairs import plan
+from lpips_fast.pairs.embedding import embedding_size
 
 SUBSETS = [(0,), (0, 2), (1, 4), (3,), (0, 1, 2, 3, 4)]
 
@@ -234,7 +234,7 @@ class TestManyImages:
         assert part.peak_bytes < plan(full, 10, (64, 64)).peak_bytes
 
     def test_learning_the_weights_of_the_compared_layers(self, pair):
-        from lpips_fast.training import Trainer, TrainingOptions
+        from lpips_fast.judgements.training import Trainer, TrainingOptions
 
         part = model_of(layers=(0, 2))
         before = copy.deepcopy(part.state_dict())

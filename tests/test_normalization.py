@@ -17,8 +17,8 @@ from torch import Tensor
 
 import lpips_fast
 from lpips_fast import LPIPS, functional
-from lpips_fast.channel_means import channel_means, dropout_deviations
 from lpips_fast.cli.model import metric_name
+from lpips_fast.judgements.channel_means import channel_means, dropout_deviations
 from lpips_fast.normalization import (
     EPS,
     NORMALIZATIONS,
@@ -413,7 +413,7 @@ def test_channel_means(kind: str, generator) -> None:
 
 
 def test_training_from_the_cache() -> None:
-    from lpips_fast.training import Trainer, TrainingOptions, new_model
+    from lpips_fast.judgements.training import Trainer, TrainingOptions, new_model
 
     images = some_images(12, (32, 32))
     items = [

@@ -16,7 +16,7 @@ from parity import trunk_weights
 from torch import Tensor
 
 import lpips_fast
-from lpips_fast.channel_means import cache_triplets
+from lpips_fast.judgements.channel_means import cache_triplets
 
 Item = dict[str, Tensor]
 

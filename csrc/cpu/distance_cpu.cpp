@@ -5,7 +5,7 @@
 // same bits come out whatever the number of threads.
 //
 // setup.py builds this file once per CPU capability (default, AVX2, AVX512) as a library of its
-// own; lpips_fast/ops.py loads the one that torch itself would use on the machine.
+// own; lpips_fast/kernels/libraries.py loads the one that torch itself would use on the machine.
 #include <algorithm>
 #include <optional>
 #include <vector>

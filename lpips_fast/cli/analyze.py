@@ -13,8 +13,8 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from .. import __version__, plots
-from ..analysis import (
+from ..analysis import figures as plots
+from ..analysis.parts import (
     ChannelImportance,
     LayerContributions,
     NormalizationTable,
@@ -24,6 +24,7 @@ from ..analysis import (
     layer_maps,
     layer_names,
 )
+from ..version import __version__
 from .command import Command, CommandError, add_json_argument, print_to
 from .image_files import add_alpha_argument, read_one_size, size_text
 from .model import add_model_arguments, load_model, metric_name

@@ -19,9 +19,9 @@ import torch
 from torch.utils.benchmark import Measurement, Timer
 from tqdm import tqdm
 
-from .. import __version__
-from ..ops import LOADED_LIBRARIES
-from ..trunk import TRUNKS, minimum_size
+from ..kernels import LOADED_LIBRARIES
+from ..trunk.table import TRUNKS, minimum_size
+from ..version import __version__
 from . import argument_types
 from .command import Command, CommandError, add_json_argument, print_to, tell
 from .device import to_device

@@ -18,13 +18,13 @@ from typing import TYPE_CHECKING, Any, get_args
 import torch
 from tqdm import tqdm
 
-from .. import __version__
-from ..distributed import RankError, Ranks
-from ..evaluation import Evaluation, FolderGoneError, Row, default_workers
-from ..folders import Match, Pairing, pair_folders
-from ..preprocessing import Preprocessing, Resampling
-from ..results import ResultFile
-from ..trunk import TRUNKS
+from ..folders.evaluating import Evaluation, FolderGoneError, Row, default_workers
+from ..folders.pairing import Match, Pairing, pair_folders
+from ..folders.ranks import RankError, Ranks
+from ..folders.results import ResultFile
+from ..images.resizing import Preprocessing, Resampling
+from ..trunk.table import TRUNKS
+from ..version import __version__
 from ..weights import locate_trunk_weights
 from . import argument_types
 from .command import Command, CommandError, add_json_argument, print_to, tell

@@ -10,9 +10,9 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from .. import __version__
-from ..judgements import JNDDataset, TwoAFCDataset
-from ..scoring import evaluate_2afc, evaluate_jnd
+from ..judgements.datasets import JNDDataset, TwoAFCDataset
+from ..judgements.scoring import evaluate_2afc, evaluate_jnd
+from ..version import __version__
 from ..weights import read_state_dict
 from .command import Command, CommandError, add_json_argument, print_to
 from .device import to_device

@@ -9,18 +9,18 @@ from typing import TYPE_CHECKING, get_args
 
 import torch
 
-from .. import __version__
-from ..export import FORMATS, Dynamic, check_size, export_model, format_of
-from ..folders import list_images
-from ..images import image_to_tensor, read_image_uint8
-from ..preprocessing import Preprocessing
+from ..export.exporters import FORMATS, Dynamic, check_size, export_model, format_of
+from ..folders.pairing import list_images
+from ..images.reading import image_to_tensor, read_image_uint8
+from ..images.resizing import Preprocessing
+from ..version import __version__
 from . import argument_types
 from .command import Command, CommandError, print_to, tell
 from .image_files import add_alpha_argument
 from .model import add_model_arguments, load_model, metric_name
 
 if TYPE_CHECKING:
-    from ..export import Record
+    from ..export.exporters import Record
     from ..lpips import LPIPS
 
 _INT8_FORMATS = ("onnx", "openvino")
@@ -122,7 +122,7 @@ def _export(model: LPIPS, size: tuple[int, int], options: argparse.Namespace) ->
     )
     lines = _head(record, options)
     if options.check:
-        from ..exported import check_exported
+        from ..export.exported import check_exported
 
         error = check_exported(model, options.output, tolerance=options.tolerance)
         lines.append(f"  checked: at most {error:.2g} from the model")
@@ -132,7 +132,7 @@ def _export(model: LPIPS, size: tuple[int, int], options: argparse.Namespace) ->
 def _quantize(
     model: LPIPS, size: tuple[int, int], names: list[str], options: argparse.Namespace
 ) -> list[str]:
-    from ..quantization import quantize
+    from ..export.quantization import quantize
 
     report = quantize(
         model,

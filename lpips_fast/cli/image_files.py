@@ -8,7 +8,7 @@ from typing import get_args
 
 import torch
 
-from ..images import Alpha, read_image
+from ..images.reading import Alpha, read_image
 from .command import CommandError
 
 

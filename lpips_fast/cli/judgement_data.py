@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 import os
 
-from ..judgements import PATCH_SIZE
+from ..judgements.datasets import PATCH_SIZE
 
 
 def add_judgement_arguments(parser: argparse.ArgumentParser) -> None:

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from ..normalization import NORMALIZATIONS
-from ..trunk import TRUNKS, check_layers, trunk_spec
+from ..trunk.table import TRUNKS, check_layers, trunk_spec
 from . import argument_types
 from .command import tell
 from .device import to_device

@@ -13,8 +13,8 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from .. import __version__
-from ..heatmap import PICTURE_SUFFIXES, save_heatmap, save_map_numbers
+from ..images.heatmap import PICTURE_SUFFIXES, save_heatmap, save_map_numbers
+from ..version import __version__
 from .command import Command, CommandError, add_json_argument, print_to
 from .image_files import add_alpha_argument, read_one_size, size_text
 from .model import add_model_arguments, distance_name, layer_names, load_model, metric_name

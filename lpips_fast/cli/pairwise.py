@@ -18,11 +18,11 @@ from typing import TYPE_CHECKING, Any, BinaryIO
 import numpy as np
 import torch
 
-from .. import __version__
-from ..embedding import euclidean_weights
-from ..folders import list_images
-from ..images import ImageError, image_to_tensor, read_image_uint8
-from ..pairwise import DEFAULT_MEMORY_LIMIT, mean_diversity, pairwise, plan
+from ..folders.pairing import list_images
+from ..images.reading import ImageError, image_to_tensor, read_image_uint8
+from ..pairs.all_pairs import DEFAULT_MEMORY_LIMIT, mean_diversity, pairwise, plan
+from ..pairs.embedding import euclidean_weights
+from ..version import __version__
 from .command import PROGRAM, Command, CommandError, add_json_argument, print_to, tell
 from .image_files import add_alpha_argument
 from .model import add_model_arguments, distance_name, layer_names, load_model, metric_name

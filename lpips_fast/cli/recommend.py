@@ -12,9 +12,9 @@ from typing import Any, get_args
 
 import torch
 
-from .. import __version__
-from ..recommendation import PEOPLE_2AFC, Recommendation, recommend_trunk
-from ..trunk_costs import Mode, cache_folder
+from ..choice.recommendation import PEOPLE_2AFC, Recommendation, recommend_trunk
+from ..choice.trunk_costs import Mode, cache_folder
+from ..version import __version__
 from . import argument_types
 from .command import Command, CommandError, add_json_argument, print_to
 from .device import to_device

@@ -8,9 +8,9 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, get_args
 
-from ..judgements import TwoAFCDataset
-from ..learning_curve import require_matplotlib
-from ..training import (
+from ..judgements.datasets import TwoAFCDataset
+from ..judgements.learning_curve import require_matplotlib
+from ..judgements.training import (
     CURVE_FILE,
     LOG_FILE,
     MODEL_FILE,

@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 
-from ..trunk import TRUNKS
+from ..trunk.table import TRUNKS
 from ..weights import (
     MIRROR_VARIABLE,
     OFFLINE_VARIABLE,

@@ -1,5 +1,5 @@
 // The CUDA kernels and their launch plan, unmodified, behind a plain C interface on the CPU.
-// tests/test_cuda_emulation.py builds and calls it.
+// tests/kernels/test_cuda_emulation.py builds and calls it.
 #include "cuda_emulation.h"
 
 #include <exception>

@@ -1,0 +1,18 @@
+"""Picture files: read as tensors, resized, and distance maps written as pictures."""
+
+from .heatmap import PICTURE_SUFFIXES, save_heatmap, save_map_numbers
+from .reading import Alpha, ImageError, image_to_tensor, read_image, read_image_uint8
+from .resizing import Preprocessing, Resampling
+
+__all__ = [
+    "PICTURE_SUFFIXES",
+    "Alpha",
+    "ImageError",
+    "Preprocessing",
+    "Resampling",
+    "image_to_tensor",
+    "read_image",
+    "read_image_uint8",
+    "save_heatmap",
+    "save_map_numbers",
+]

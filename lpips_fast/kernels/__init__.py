@@ -1,0 +1,30 @@
+"""The compiled operators, and what torch needs to know of them beyond their kernels.
+
+Schemas are in ``csrc/ops.cpp``, kernels in ``csrc/cpu`` and ``csrc/cuda``. :mod:`.libraries` loads
+them; then one file an operator family holds its fake kernel and its derivative. Kernels know
+tensors, never a network. Importing this package makes ``torch.ops.lpips_fast`` usable.
+"""
+
+from . import convolution, distance, fire, max_pool, scale_images
+from .dispatch import (
+    has_kernel,
+    has_tangents,
+    has_trunk_kernels,
+    has_wide_vectors,
+    is_eager,
+)
+from .libraries import LOADED_LIBRARIES
+
+__all__ = [
+    "LOADED_LIBRARIES",
+    "convolution",
+    "distance",
+    "fire",
+    "has_kernel",
+    "has_tangents",
+    "has_trunk_kernels",
+    "has_wide_vectors",
+    "is_eager",
+    "max_pool",
+    "scale_images",
+]

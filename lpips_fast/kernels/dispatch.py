@@ -1,0 +1,50 @@
+"""Where there are kernels of ours, and when a call is one that they may serve."""
+
+from __future__ import annotations
+
+import os
+
+import torch
+
+from .libraries import LOADED_LIBRARIES
+
+
+def has_kernel(device: torch.device) -> bool:
+    """Whether features on ``device`` are served by a kernel, rather than by ``composed``."""
+    return device.type == "cpu" or (device.type == "cuda" and "_cuda" in LOADED_LIBRARIES)
+
+
+_CUDA_TRUNK = os.environ.get("LPIPS_FAST_CUDA_TRUNK", "1") != "0"
+
+
+def has_trunk_kernels(device: torch.device) -> bool:
+    """Whether images on ``device`` are scaled and pooled by kernels of ours.
+
+    ``LPIPS_FAST_CUDA_TRUNK=0`` in the environment leaves the trunk on CUDA to torch's own
+    operators, to compare with them; the distance keeps its kernels.
+    """
+    return has_kernel(device) and (device.type == "cpu" or _CUDA_TRUNK)
+
+
+def has_wide_vectors() -> bool:
+    """Whether the CPU kernels were compiled for AVX2 or AVX512, not for any CPU."""
+    return LOADED_LIBRARIES[0] != "_cpu_default"
+
+
+def is_eager() -> bool:
+    """Whether a call is just run, not compiled, exported, traced or transformed.
+
+    Those want torch's own operators around the distance: they fuse them, translate them, or know
+    how to transform them.
+    """
+    return not (
+        torch.compiler.is_compiling()
+        or torch.jit.is_tracing()
+        or torch._C._are_functorch_transforms_active()
+        or has_tangents()
+    )
+
+
+def has_tangents() -> bool:
+    """Whether derivatives are carried forward: our operators know backward alone."""
+    return torch.autograd.forward_ad._current_level >= 0

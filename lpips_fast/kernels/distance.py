@@ -1,0 +1,158 @@
+"""The fused distance: fake kernels (shapes and strides for compiling and exporting), derivatives.
+
+The backward kernels are operators too; their own derivative is that of the composed formula.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+import torch
+from torch import Tensor
+
+from .. import composed
+from . import libraries  # noqa: F401  (its import registers the schemas)
+
+
+def _empty_distance(feats: Sequence[Tensor]) -> Tensor:
+    dtype = composed.accumulator_dtype(feats[0].dtype)
+    return feats[0].new_empty((feats[0].shape[0], len(feats)), dtype=dtype)
+
+
+def _empty_gradient(feat: Tensor, order_of: Tensor) -> Tensor:
+    # The layout rule of csrc/lpips_distance.h: gradients lie in the order that the layer ran in.
+    channels_last = order_of.stride(1) == 1
+    layout = torch.channels_last if channels_last else torch.contiguous_format
+    return torch.empty(feat.shape, dtype=feat.dtype, device=feat.device, memory_format=layout)
+
+
+@torch.library.register_fake("lpips_fast::distance")
+def _(
+    feats0: Sequence[Tensor], feats1: Sequence[Tensor], weights: Sequence[Tensor], eps: float
+) -> Tensor:
+    return _empty_distance(feats0)
+
+
+@torch.library.register_fake("lpips_fast::distance_map")
+def _(
+    feats0: Sequence[Tensor], feats1: Sequence[Tensor], weights: Sequence[Tensor], eps: float
+) -> list[Tensor]:
+    dtype = composed.accumulator_dtype(feats0[0].dtype)
+    return [f.new_empty((f.shape[0], 1, f.shape[2], f.shape[3]), dtype=dtype) for f in feats0]
+
+
+def _fake_backward(
+    grad: Tensor | Sequence[Tensor],
+    feats0: Sequence[Tensor],
+    feats1: Sequence[Tensor],
+    weights: Sequence[Tensor],
+    eps: float,
+    need_feats0: bool,
+    need_feats1: bool,
+    need_weights: bool,
+) -> list[Tensor]:
+    grads0 = [_empty_gradient(f, f) for f in feats0] if need_feats0 else []
+    grads1 = [_empty_gradient(f, o) for f, o in zip(feats1, feats0)] if need_feats1 else []
+    return grads0 + grads1 + ([torch.empty_like(w) for w in weights] if need_weights else [])
+
+
+torch.library.register_fake("lpips_fast::distance_backward", _fake_backward)
+torch.library.register_fake("lpips_fast::distance_map_backward", _fake_backward)
+
+
+@torch.library.register_fake("lpips_fast::tap_backward")
+def _(
+    grad: Tensor,
+    deeper: Tensor | None,
+    feat0: Tensor,
+    feat1: Tensor,
+    weight: Tensor,
+    eps: float,
+    need_weight: bool,
+) -> list[Tensor]:
+    return _fake_backward(grad, [feat0], [feat1], [weight], eps, True, False, need_weight)
+
+
+def _save_inputs(ctx, inputs, output) -> None:
+    feats0, feats1, weights, ctx.eps = inputs
+    ctx.layers = len(feats0)
+    ctx.save_for_backward(*feats0, *feats1, *weights)
+
+
+def _split(tensors: Sequence[Tensor], layers: int) -> tuple[list[Tensor], ...]:
+    return tuple(list(tensors[k * layers : (k + 1) * layers]) for k in range(3))
+
+
+def _layerwise_backward(operator: Callable) -> Callable:
+    """The backward of a forward operator, by the backward operator of the same formula."""
+
+    def backward(ctx, grad):
+        feats0, feats1, weights = _split(ctx.saved_tensors, ctx.layers)
+        needs = [any(needed) for needed in ctx.needs_input_grad[:3]]
+        if isinstance(grad, list):  # a map that took no part in the loss has no gradient
+            grad = [
+                g if g is not None else torch.zeros_like(f[:, :1], dtype=weights[0].dtype)
+                for g, f in zip(grad, feats0)
+            ]
+        grads = iter(operator(grad, feats0, feats1, weights, ctx.eps, *needs))
+        results = []
+        for asked, needed in zip(ctx.needs_input_grad[:3], needs):
+            computed = [next(grads) for _ in asked] if needed else [None] * ctx.layers
+            results.append([g if a else None for g, a in zip(computed, asked)])
+        return (*results, None)
+
+    return backward
+
+
+def _save_backward_inputs(ctx, inputs, output) -> None:
+    grad, feats0, feats1, weights, ctx.eps, *ctx.needs = inputs
+    ctx.layers = len(feats0)
+    ctx.grad_is_list = isinstance(grad, list)
+    ctx.save_for_backward(*feats0, *feats1, *weights, *(grad if ctx.grad_is_list else (grad,)))
+
+
+def _double_backward(formula: Callable) -> Callable:
+    """The derivative of a backward operator, by differentiating the composed formula twice."""
+
+    def backward(ctx, grad_grads):
+        saved = [t.detach().requires_grad_() for t in ctx.saved_tensors]
+        inputs, grad = saved[: 3 * ctx.layers], saved[3 * ctx.layers :]
+        with torch.enable_grad():
+            outputs = formula(*_split(inputs, ctx.layers), ctx.eps)
+            first = torch.autograd.grad(
+                outputs, inputs, grad if ctx.grad_is_list else grad[0], create_graph=True
+            )
+            groups = _split(first, ctx.layers)
+            asked = [g for group, need in zip(groups, ctx.needs) if need for g in group]
+            pairs = [(g, gg) for g, gg in zip(asked, grad_grads) if gg is not None]
+            second = torch.autograd.grad(
+                [g for g, _ in pairs], saved, [gg for _, gg in pairs], allow_unused=True
+            )
+        feats0, feats1, weights = _split(second[: 3 * ctx.layers], ctx.layers)
+        grad_of_grad = list(second[3 * ctx.layers :])
+        return (
+            grad_of_grad if ctx.grad_is_list else grad_of_grad[0],
+            feats0,
+            feats1,
+            weights,
+            *[None] * 4,
+        )
+
+    return backward
+
+
+def _composed_maps(feats0, feats1, weights, eps) -> list[Tensor]:
+    return [composed.distance_map(a, b, w, eps) for a, b, w in zip(feats0, feats1, weights)]
+
+
+for _name, _formula in (("distance", composed.distance), ("distance_map", _composed_maps)):
+    torch.library.register_autograd(
+        f"lpips_fast::{_name}",
+        _layerwise_backward(getattr(torch.ops.lpips_fast, f"{_name}_backward")),
+        setup_context=_save_inputs,
+    )
+    torch.library.register_autograd(
+        f"lpips_fast::{_name}_backward",
+        _double_backward(_formula),
+        setup_context=_save_backward_inputs,
+    )

@@ -1,0 +1,43 @@
+"""Images scaled for the trunk and joined to one batch in one pass: fake kernel and derivative."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from . import libraries  # noqa: F401  (its import registers the schemas)
+
+
+@torch.library.register_fake("lpips_fast::scale_images")
+def _(
+    images: Sequence[Tensor], shift: Tensor, scale: Tensor, unit_range: bool, dtype: torch.dtype
+) -> Tensor:
+    shape = (sum(len(image) for image in images), *images[0].shape[1:])
+    return torch.empty(
+        shape, dtype=dtype, device=images[0].device, memory_format=torch.channels_last
+    )
+
+
+def _save_scaling(ctx, inputs, output) -> None:
+    images, _, scale, ctx.unit_range, _ = inputs
+    ctx.batches = [(len(image), image.dtype) for image in images]
+    ctx.save_for_backward(scale)
+
+
+def _scaling_backward(ctx, grad):
+    (scale,) = ctx.saved_tensors
+    if ctx.unit_range:
+        scale = scale / 2
+    grads, first = [], 0
+    for (batch, dtype), needed in zip(ctx.batches, ctx.needs_input_grad[0]):
+        part = grad[first : first + batch]
+        grads.append(part.to(dtype) / scale.to(dtype).view(1, -1, 1, 1) if needed else None)
+        first += batch
+    return grads, None, None, None, None
+
+
+torch.library.register_autograd(
+    "lpips_fast::scale_images", _scaling_backward, setup_context=_save_scaling
+)
