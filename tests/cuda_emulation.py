@@ -2,20 +2,24 @@
 
 from __future__ import annotations
 
+import atexit
 import ctypes
+import functools
 import importlib.util
 import random
 import re
 import shutil
 import subprocess
 import sys
+import tempfile
 from collections.abc import Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
 import torch
 from torch import Tensor
+from torch.utils import cpp_extension
 
 REPOSITORY = Path(__file__).resolve().parents[1]
 CHANNELS_LAST, CHANNELS_FIRST = torch.channels_last, torch.contiguous_format
@@ -48,40 +52,54 @@ FLAGS = [
     *("-O2", "-std=c++20", "-fPIC", "-Wall", "-Wextra", "-Werror", "-Wno-unknown-pragmas"),
     # Fibers switch by longjmp, which may not be fortified. No fused multiply-add: unit_vectors.cuh.
     *("-Wno-clobbered", "-U_FORTIFY_SOURCE", "-ffp-contract=off"),
+    "-Wno-attributes",  # torch's stable ABI is hidden, and what holds a tensor of it is not
     "-fno-gnu-unique",  # shared memory is a library's own, also where another has the same kernel
 ]
 # The compiler reports every load and store; race_detector.cpp listens, not the sanitizer's library.
 INSTRUMENTED = ["-fsanitize=thread", "--param", "tsan-instrument-func-entry-exit=0"]
+# Kernels, torch's side of their operators, and the kernels with planted faults; the largest first.
+LIBRARIES = ["run_distance", "run_trunk", "run_planted_faults"]
+RUNTIME = ["fibers", "race_detector"]
 
 
-def build_library(
-    source: str, folder: Path, includes: Sequence[str] = (), links: Sequence[str] = ()
-) -> Path:
-    """Compiles a file of tests/emulation, with the kernels that it includes; else skips."""
-    compiler, headers = shutil.which("g++"), cuda_headers()
-    if compiler is None:
+@functools.cache
+def emulation_library(name: str) -> Path:
+    """One of LIBRARIES, out of tests/emulation; skips where there is no compiler or toolkit."""
+    if shutil.which("g++") is None:
         pytest.skip("the CUDA emulation needs g++, and there is none")
+    headers = cuda_headers()
     if headers is None or not (headers / "cuda_fp16.h").exists():
         pytest.skip("the CUDA emulation needs the toolkit's cuda_fp16.h, and no toolkit is here")
-
-    def compile_object(name: str, flags: Sequence[str]) -> str:
-        path = REPOSITORY / "tests" / "emulation" / name
-        target = str((folder / name).with_suffix(".o"))
-        _run([compiler, *FLAGS, *flags, "-isystem", str(headers), "-c", str(path), "-o", target])
-        return target
-
-    with ThreadPoolExecutor(2) as pool:
-        runtime = [pool.submit(compile_object, n, ()) for n in ("fibers.cpp", "race_detector.cpp")]
-        objects = [compile_object(source, [*INSTRUMENTED, *includes])]
-        objects += [part.result() for part in runtime]
-    library = (folder / source).with_suffix(".so")
+    folder, objects = _start_compiling(headers)
+    library = folder / f"{name}.so"
+    torchs = [f"-L{path}" for path in cpp_extension.library_paths()]
+    torchs += ["-Wl,--no-as-needed", "-ltorch", "-ltorch_cpu", "-lc10"]
     # -Bsymbolic: what the library defines is what its own calls reach.
-    link = ["-shared", "-Wl,-Bsymbolic", "-Wl,-z,defs", *objects, *links, "-o", str(library)]
-    _run([compiler, *link])
+    link = ["-shared", "-Wl,-Bsymbolic", "-Wl,-z,defs"]
+    _run(["g++", *link, *[objects[o].result() for o in (name, *RUNTIME)], *torchs, "-o", library])
     return library
 
 
-def _run(command: list[str]) -> None:
+@functools.cache
+def _start_compiling(headers: Path) -> tuple[Path, dict[str, Future[Path]]]:
+    """Compiles everything in tests/emulation, two at a time, while tests go on."""
+    folder = Path(tempfile.mkdtemp(prefix="lpips-fast-emulation-"))
+    atexit.register(shutil.rmtree, folder, ignore_errors=True)
+    includes = [str(headers), *cpp_extension.include_paths()]
+    flags = [*FLAGS, "-DUSE_CUDA", *(f"-isystem{path}" for path in includes)]
+
+    def compile_object(name: str) -> Path:
+        source, target = REPOSITORY / "tests/emulation" / f"{name}.cpp", folder / f"{name}.o"
+        instrumented = [] if name in RUNTIME else INSTRUMENTED
+        cache = ["ccache"] if shutil.which("ccache") else []
+        _run([*cache, "g++", *flags, *instrumented, "-c", source, "-o", target])
+        return target
+
+    pool = ThreadPoolExecutor(2)
+    return folder, {name: pool.submit(compile_object, name) for name in (*LIBRARIES, *RUNTIME)}
+
+
+def _run(command: list[str | Path]) -> None:
     done = subprocess.run(command, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
 
@@ -125,7 +143,7 @@ class EmulatedLibrary:
         return reports
 
     def launched(self) -> set[str]:
-        """The kernels that have run so far."""
+        """The kernels that have run since it was asked last."""
         offsets = (ctypes.c_int64 * 1024)()
         count = self.library.launched_kernels(offsets, len(offsets))
         assert count <= len(offsets)

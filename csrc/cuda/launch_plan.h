@@ -66,6 +66,7 @@ struct LayerWork {
   double upstream_scale = 1;  // 1/(H*W) for an averaged distance
   GradientView grad0{}, grad1{};
   void* grad_weight = nullptr;  // (C,)
+  FeatureView deeper{};         // of a tap: the gradient from deeper layers; data null: none
 };
 
 // ------------------------------------------------------------------------- what a kernel is told
@@ -73,6 +74,7 @@ struct LayerWork {
 struct LayerTask {
   FeatureView feat0, feat1;
   GradientView grad0, grad1;
+  FeatureView deeper;
   UpstreamView upstream;
   double upstream_scale;
   const void* weight;
@@ -178,7 +180,8 @@ inline Grid grid_of(const LayerWork& work) {
   if (w == 1) return {1, h, true};
   if (h == 1 ||
       (rows_adjoin(work.layer.feat0, w) && rows_adjoin(work.layer.feat1, w) &&
-       rows_adjoin(work.grad0, w) && rows_adjoin(work.grad1, w) && rows_adjoin(work.upstream, w)))
+       rows_adjoin(work.grad0, w) && rows_adjoin(work.grad1, w) && rows_adjoin(work.deeper, w) &&
+       rows_adjoin(work.upstream, w)))
     return {1, h * w, false};
   return {h, w, false};
 }
@@ -220,7 +223,8 @@ inline bool vectors_allowed(const LayerWork& work, int element_size) {
     return vector_view(along(view, grid), layer, grid, element_size, vector);
   };
   return dense_extent % vector == 0 && (!channels_last || aligned(layer.weight, 16)) &&
-         fits(layer.feat0) && fits(layer.feat1) && fits(work.grad0) && fits(work.grad1);
+         fits(layer.feat0) && fits(layer.feat1) && fits(work.grad0) && fits(work.grad1) &&
+         fits(work.deeper);
 }
 
 // Warps that share a tile, channels-first: enough to hold all channels in registers, if possible.
@@ -243,6 +247,7 @@ inline LayerTask describe(const LayerWork& work, int element_size, bool vectors)
   task.feat1 = along(layer.feat1, grid);
   task.grad0 = along(work.grad0, grid);
   task.grad1 = along(work.grad1, grid);
+  task.deeper = along(work.deeper, grid);
   task.upstream = along(work.upstream, grid);
   task.upstream_scale = work.upstream_scale;
   task.weight = layer.weight;

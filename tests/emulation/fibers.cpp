@@ -45,7 +45,7 @@ struct Scheduler {
   std::function<void()> body;
 };
 
-Scheduler scheduler;
+Scheduler& scheduler = *new Scheduler;  // not in .bss, as above
 
 [[noreturn]] void back_to_scheduler() {
   races::leave();

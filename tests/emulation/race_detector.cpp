@@ -10,6 +10,8 @@
 #include <unordered_map>
 #include <vector>
 
+#include "fibers.h"
+
 namespace emulation::races {
 namespace {
 
@@ -140,7 +142,7 @@ struct Detector {
       Page* page = page_of(at);
       if (page == nullptr || at < page->begin || at >= page->end) return;
       if (at == address && is_aligned_type && address % bytes != 0)
-        report("misaligned access", page->is_shared);
+        fail("a misaligned access");  // which may end the program, if it were made
       look_at_cell(page->cells[at % kPage / kCellBytes], page->is_shared, access);
     }
   }
@@ -211,7 +213,10 @@ void leave() { detector().running = false; }
 
 void look(const void* address, size_t bytes, Access access, bool is_aligned_type) {
   Detector& d = detector();
-  if (d.running) d.look(reinterpret_cast<uintptr_t>(address), bytes, access, is_aligned_type);
+  if (!d.running) return;
+  d.running = false;  // the linker may have chosen an instrumented copy of what is used in here
+  d.look(reinterpret_cast<uintptr_t>(address), bytes, access, is_aligned_type);
+  d.running = true;
 }
 
 }  // namespace emulation::races
@@ -236,13 +241,15 @@ void forget_race_reports() {
   emulation::races::detector().known.clear();
 }
 
-// The kernels that have run so far; returns how many, and writes at most `room` of them.
+// The kernels that have run since it was asked last; returns how many, and writes at most `room` of
+// them.
 int launched_kernels(int64_t* offsets, int room) {
   int count = 0;
   for (const void* kernel : emulation::races::detector().launched) {
     if (count < room) offsets[count] = emulation::races::offset_in_library(kernel);
     ++count;
   }
+  emulation::races::detector().launched.clear();
   return count;
 }
 }

@@ -1,13 +1,15 @@
-// The trunk's CUDA kernels, unmodified, behind a plain C interface on the CPU.
-// tests/kernels/test_cuda_trunk_emulation.py builds and calls it.
-#include "cuda_emulation.h"
+// The trunk's CUDA kernels, unmodified, on the CPU: behind a plain C interface for raw memory, and
+// behind torch's side of the operators.
+#define EMULATED_OPERATORS lpips_fast_emulated_trunk
+#include "played_torch.h"
 
 #include <exception>
 #include <string>
 
-#include "../../csrc/cuda/bias_relu_kernels.cuh"
-#include "../../csrc/cuda/max_pool_kernels.cuh"
-#include "../../csrc/cuda/scale_images_kernels.cuh"
+#include "../../csrc/cuda/bias_relu_cuda.cu"
+#include "../../csrc/cuda/max_pool_cuda.cu"
+#include "../../csrc/cuda/scale_images_cuda.cu"
+#include "../../csrc/ops.cpp"
 #include "guarded_memory.h"
 
 using namespace lpips_fast;

@@ -7,6 +7,7 @@ torch or float64. What a GPU alone can show is left to tests/kernels/test_cuda.p
 from __future__ import annotations
 
 import ctypes
+import itertools
 import mmap
 from collections.abc import Iterator, Sequence
 from typing import Any
@@ -21,7 +22,7 @@ from cuda_emulation import (
     STRIDED,
     THREAD_ORDERS,
     EmulatedLibrary,
-    build_library,
+    emulation_library,
     fresh_seed,
     strided,
 )
@@ -106,8 +107,8 @@ class Emulator(EmulatedLibrary):
 
 
 @pytest.fixture(scope="session")
-def library(tmp_path_factory: pytest.TempPathFactory) -> Emulator:
-    return Emulator(build_library("run_trunk.cpp", tmp_path_factory.mktemp("emulation")))
+def library() -> Emulator:
+    return Emulator(emulation_library("run_trunk"))
 
 
 @pytest.fixture
@@ -129,6 +130,30 @@ def address_space(size: int) -> mmap.mmap:
         return mmap.mmap(-1, size, flags=flags)
     except (OSError, ValueError, MemoryError):
         pytest.skip(f"no address space for {size >> 30} GiB")
+
+
+# --------------------------------------------------------------------------- races, in every kernel
+
+
+def test_every_kernel_runs_without_a_race(emulator):
+    """Every instantiation, in memory that the race detector watches."""
+    emulator.launched()
+    for dtype in DTYPES:
+        for channels in (32, 7):  # loads of vectors, and of elements
+            x = emulator.copy(
+                random_images((2, channels, 9, 11), dtype, fresh_seed()), CHANNELS_LAST
+            )
+            emulator.bias_relu_(x, emulator.copy(x[0, :, 0, 0]))
+            for kernel in (2, 3, 4):
+                y = emulator.max_pool2d(x, kernel, 2, True)
+                emulator.max_pool2d_backward(y, x, y, kernel, 2)
+        for order, result in itertools.product((CHANNELS_LAST, CHANNELS_FIRST), DTYPES):
+            images = emulator.copy(random_images((2, 3, 6, 32), dtype, fresh_seed()), order)
+            emulator.scale_images([images], True, result)
+            emulator.scale_images([images[..., 1:]], False, result)
+        emulator.release()
+    assert emulator.launched() == set(emulator.kernels.values())
+    assert not emulator.races()
 
 
 # --------------------------------------------------------------------------------- bias and ReLU
