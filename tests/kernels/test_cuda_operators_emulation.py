@@ -259,7 +259,6 @@ class TestRefusals:
         a, b, w = layers(torch.float32, generator, CHANNELS_LAST, [(2, 8, 4, 4)])
         grad, needs = torch.ones(2, 1), (True, True, True)
         for name, arguments in (
-            ("distance", ([], [], [], EPS)),
             ("distance", (a, [b[0][:1]], w, EPS)),
             ("distance", (a, b, [w[0].double()], EPS)),
             ("distance_map", (a, [b[0].half()], w, EPS)),
