@@ -229,7 +229,7 @@ def extensions() -> list[Extension]:
     result = [
         cpu_extension(
             "_C",
-            ["csrc/ops.cpp", "csrc/build_info.cpp"],
+            ["csrc/ops.cpp", "csrc/python_module.cpp"],
             [],
             {"LPIPS_FAST_BUILD_INFO": json.dumps(json.dumps(info))},
         )

@@ -9,23 +9,22 @@ once; behind it the slice's own backward runs without a node for every layer.
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
-from . import kernels
+from . import composed
 from .composed import EPS
-from .trunk.modules import Slice, Trunk
-
-
-def takes(trunk: Trunk, x: Tensor) -> bool:
-    """Whether :func:`slice_distance` takes scaled images ``x``."""
-    return kernels.is_eager() and trunk.records(x) and not torch.is_autocast_enabled("cpu")
+from .trunk.legality import FastSlice
+from .trunk.slice_node import as_images, is_transformed, keeps_nan
+from .trunk.slices import input_gradient, plain, record, slice_layers
 
 
 def slice_distance(
-    block: Slice, x: Tensor, target: Tensor | list[Tensor], weight: Tensor, spatial: bool
+    fast: FastSlice, x: Tensor, target: Tensor | list[Tensor], weight: Tensor, spatial: bool
 ) -> tuple[Tensor, Tensor]:
-    """The tap of ``block`` for images ``x``, and its distance to another tap.
+    """The tap of a slice for images ``x``, and its distance to another tap.
 
     Args:
         x: (N, C, H, W), channels-last: scaled images, or the tap before.
@@ -36,7 +35,8 @@ def slice_distance(
         weight: (C_l,) in the accumulator's dtype; may learn.
         spatial: return a map (N, 1, H_l, W_l) instead of its mean (N, 1).
     """
-    return _SliceDistance.apply(x, weight, target, block, spatial)
+    x = as_images(x)
+    return _SliceDistance.apply(x, weight, target, spatial, fast.net, fast.number, *fast.parameters)
 
 
 def _distance(tap: Tensor, target: Tensor, weight: Tensor, spatial: bool) -> Tensor:
@@ -48,29 +48,39 @@ def _distance(tap: Tensor, target: Tensor, weight: Tensor, spatial: bool) -> Ten
 
 class _SliceDistance(torch.autograd.Function):
     @staticmethod
-    def forward(
-        ctx, x: Tensor, weight: Tensor, target: Tensor | list[Tensor], block: Slice, spatial: bool
-    ):  # type: ignore[override]
+    def forward(  # type: ignore[override]
+        ctx: Any,
+        x: Tensor,
+        weight: Tensor,
+        target: Tensor | list[Tensor],
+        spatial: bool,
+        net: str,
+        number: int,
+        *parameters: Tensor,
+    ) -> tuple[Tensor, Tensor]:
+        layers = slice_layers(net, number)
         if isinstance(target, list):
-            of_both = block.record(target.pop())
+            of_both = record(layers, parameters, target.pop(), keeps_nan(number))
             target.append(of_both[-1])
             made, target = [m[: len(x)] for m in of_both], of_both[-1][len(x) :]
         else:
-            made = block.record(x)
+            made = record(layers, parameters, x, keeps_nan(number))
         ctx.set_materialize_grads(False)
-        ctx.save_for_backward(x, weight, target, *made)
-        ctx.block, ctx.spatial = block, spatial
+        ctx.save_for_backward(x, weight, target, *made, *parameters)
+        ctx.layers, ctx.spatial, ctx.made = layers, spatial, len(made)
         return made[-1], _distance(made[-1], target, weight, spatial)
 
     @staticmethod
-    def backward(ctx, grad_tap: Tensor | None, grad_distance: Tensor | None):  # type: ignore[override]
-        x, weight, target, *made = ctx.saved_tensors
+    def backward(  # type: ignore[override]
+        ctx: Any, grad_tap: Tensor | None, grad_distance: Tensor | None
+    ) -> tuple[Tensor | None, ...]:
+        x, weight, target, *rest = ctx.saved_tensors
+        made, parameters = rest[: ctx.made], rest[ctx.made :]
         needs_x, needs_weight = ctx.needs_input_grad[:2]
-        if torch.is_grad_enabled():
-            both = _differentiable_backward(
-                ctx, x, weight, target, grad_tap, grad_distance, needs_x, needs_weight
-            )
-            return (*both, None, None, None)
+        none = (None,) * (4 + len(parameters))
+        if torch.is_grad_enabled() or is_transformed(grad_tap, grad_distance):
+            both = _plain_gradients(ctx, x, weight, target, parameters, grad_tap, grad_distance)
+            return (*both, *none)
         if grad_distance is not None:
             grads = torch.ops.lpips_fast.tap_backward(
                 grad_distance, grad_tap, made[-1], target, weight, EPS, needs_weight
@@ -78,30 +88,51 @@ class _SliceDistance(torch.autograd.Function):
         elif grad_tap is not None:
             grads = [torch.ops.aten.threshold_backward(grad_tap, made[-1], 0)]
         else:
-            return None, None, None, None, None
+            return (None, None, *none)
         grad_weight = grads.pop() if len(grads) > 1 else None
+        if not needs_x:
+            return (None, grad_weight, *none)
         # Popped, so that the slice can let go of it.
-        grad_x = ctx.block.input_gradient(grads.pop(), x, made) if needs_x else None
-        return grad_x, grad_weight, None, None, None
-
-
-def _differentiable_backward(
-    ctx, x, weight, target, grad_tap, grad_distance, needs_x, needs_weight
-) -> tuple[Tensor | None, Tensor | None]:
-    """The same gradients through nodes that have a derivative themselves, for a second one."""
-    tap = ctx.block(x)
-    results = (tap, _distance(tap, target, weight, ctx.spatial))
-    pairs = [(r, g) for r, g in zip(results, (grad_tap, grad_distance)) if g is not None]
-    inputs = [t for t, needed in ((x, needs_x), (weight, needs_weight)) if needed]
-    if not pairs or not inputs:
-        return None, None
-    found = iter(
-        torch.autograd.grad(
-            [r for r, _ in pairs],
-            inputs,
-            [g for _, g in pairs],
-            create_graph=True,
-            allow_unused=True,
+        return (
+            input_gradient(ctx.layers, parameters, grads.pop(), x, made),
+            grad_weight,
+            *none,
         )
-    )
-    return next(found) if needs_x else None, next(found) if needs_weight else None
+
+
+def _plain_gradients(
+    ctx: Any,
+    x: Tensor,
+    weight: Tensor,
+    target: Tensor,
+    parameters: list[Tensor],
+    grad_tap: Tensor | None,
+    grad_distance: Tensor | None,
+) -> tuple[Tensor | None, Tensor | None]:
+    """The same gradients through nodes that have derivatives themselves, as many as wanted."""
+    needs, again = ctx.needs_input_grad[:2], torch.is_grad_enabled()
+    with torch.enable_grad():
+        # Views, so that the gradients are those of this use alone.
+        aliases = [
+            t.view_as(t) if t.requires_grad else t.detach().requires_grad_(needed)
+            for t, needed in zip((x, weight), needs)
+        ]
+        tap = plain(ctx.layers, [p.detach() for p in parameters], aliases[0])
+        distance = composed.distance_map(tap, target, aliases[1])
+        if not ctx.spatial:
+            distance = distance.mean(dim=(2, 3))
+        results = ((tap, grad_tap), (distance, grad_distance))
+        pairs = [(r, g) for r, g in results if g is not None]
+        inputs = [alias for alias, needed in zip(aliases, needs) if needed]
+        if not pairs or not inputs:
+            return None, None
+        found = iter(
+            torch.autograd.grad(
+                [r for r, _ in pairs],
+                inputs,
+                [g for _, g in pairs],
+                create_graph=again,
+                allow_unused=True,
+            )
+        )
+    return next(found) if needs[0] else None, next(found) if needs[1] else None

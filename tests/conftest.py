@@ -20,6 +20,8 @@ import lpips_fast.export
 
 REPOSITORY = Path(__file__).resolve().parents[1]
 
+pytest_plugins = ["weight_files"]
+
 #: What the extras for exported files install, as the marker ``export_runtime`` names them.
 EXPORT_RUNTIMES = {
     "export": {"onnx", "onnxscript", "onnxruntime"},

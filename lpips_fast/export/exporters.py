@@ -194,7 +194,7 @@ def _record(
     if dynamic != "none":
         batch = max(batch, 2)
     return Record(
-        net=model.net.net_name,
+        net=model.net_name,
         version=model.version,
         lpips=model.lpips,
         spatial=model.spatial,

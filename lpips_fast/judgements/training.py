@@ -394,7 +394,7 @@ class Trainer:
             yield d0, d1, batch["judge"].flatten().to(d0.dtype)
 
     def _weights(self) -> Tensor:
-        return torch.cat([self.model._lin(k).weight.flatten() for k in self.model.layers])
+        return torch.cat([self.model.layer_weight(k) for k in self.model.layers])
 
     @torch.no_grad()
     def _project(self) -> None:

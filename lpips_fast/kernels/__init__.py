@@ -7,20 +7,25 @@ tensors, never a network. Importing this package makes ``torch.ops.lpips_fast`` 
 
 from . import convolution, distance, fire, max_pool, scale_images
 from .dispatch import (
+    autocast_dtype,
     has_kernel,
+    has_operators,
     has_tangents,
     has_trunk_kernels,
     has_wide_vectors,
     is_eager,
 )
-from .libraries import LOADED_LIBRARIES
+from .libraries import LOADED_LIBRARIES, WeightWatch
 
 __all__ = [
     "LOADED_LIBRARIES",
+    "WeightWatch",
+    "autocast_dtype",
     "convolution",
     "distance",
     "fire",
     "has_kernel",
+    "has_operators",
     "has_tangents",
     "has_trunk_kernels",
     "has_wide_vectors",

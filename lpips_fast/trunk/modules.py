@@ -6,114 +6,20 @@ taps, as in the ``lpips`` package, so that its checkpoints load.
 
 from __future__ import annotations
 
+import functools
 from collections import namedtuple
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
 import torch.utils.checkpoint
 from torch import Tensor, nn
 
-from .. import kernels
-from .convolution import conv_relu, convolve, input_gradient, is_frozen_on_cpu
-from .fire import FireModule
-from .table import IMAGE_CHANNELS, TRUNKS, Conv, Fire, Layer, MaxPool, ReLU, trunk_spec
-
-
-class MaxPool2d(nn.MaxPool2d):
-    """Max-pooling by our own kernel on the CPU and on CUDA, which needs no tensor of indices."""
-
-    def forward(self, input: Tensor) -> Tensor:
-        if not kernels.is_eager() or not kernels.has_trunk_kernels(input.device):
-            return super().forward(input)
-        # Without cuDNN, and in float64, convolutions on CUDA return channels-first.
-        if input.is_cuda and not input.is_contiguous(memory_format=torch.channels_last):
-            return super().forward(input)
-        return torch.ops.lpips_fast.max_pool2d(input, self.kernel_size, self.stride, self.ceil_mode)
-
-    def input_gradient(self, grad: Tensor, x: Tensor, y: Tensor) -> Tensor:
-        """On the CPU, without a graph: the gradient to ``x``, of which ``y`` was made."""
-        operator = torch.ops.lpips_fast.max_pool2d_backward
-        return operator(grad, x, y, self.kernel_size, self.stride)
-
-
-class Slice(nn.Sequential):
-    """The layers between two taps. A convolution and the ReLU behind it run as one.
-
-    The first slice lets NaN through, so that a NaN in an image reaches the distance by its tap.
-    """
-
-    def __init__(self, keep_nan: bool) -> None:
-        super().__init__()
-        self.keep_nan = keep_nan
-
-    def _steps(self) -> Iterator[nn.Module]:
-        """The layers, a convolution standing for its ReLU too: each is followed by one."""
-        return (layer for layer in self if not isinstance(layer, nn.ReLU))
-
-    def forward(self, input: Tensor) -> Tensor:
-        return self.consume([input])
-
-    def consume(self, held: list[Tensor]) -> Tensor:
-        """:meth:`forward`, taking the images out of a list: their memory goes back when used."""
-        x = held.pop()
-        for layer in self._steps():
-            x = conv_relu(layer, x, self.keep_nan) if isinstance(layer, nn.Conv2d) else layer(x)
-        return x
-
-    def is_hooked(self) -> bool:
-        """Whether somebody waits for the module to be called."""
-        return bool(self._forward_hooks or self._forward_pre_hooks)
-
-    def record(self, x: Tensor) -> list[Tensor]:
-        """:meth:`forward` without a graph: what every layer made, the result last."""
-        made: list[Tensor] = []
-        for layer in self._steps():
-            if isinstance(layer, FireModule):
-                made += layer.record(x)
-            elif isinstance(layer, nn.Conv2d):
-                made.append(convolve(layer, x, self.keep_nan))
-            else:
-                made.append(layer(x))
-            x = made[-1]
-        return made
-
-    def input_gradient(self, grad: Tensor, x: Tensor, made: Sequence[Tensor]) -> Tensor:
-        """The gradient to ``x``, without a graph.
-
-        One hand-written backward instead of a node of autograd for every layer: at small images
-        the nodes take longer than the convolutions.
-
-        Args:
-            grad: the gradient to the result before its ReLU.
-            x, made: images and what :meth:`record` made of them.
-        """
-        steps, left = list(self._steps()), [x, *made]
-        for k in range(len(steps) - 1, -1, -1):
-            layer, result = steps[k], left.pop()
-            through_relu = k > 0 and not isinstance(steps[k - 1], MaxPool2d)
-            if isinstance(layer, FireModule):
-                squeezed = left.pop()
-                grad = layer.input_gradient(grad, left[-1], squeezed, through_relu)
-            elif isinstance(layer, MaxPool2d):
-                grad = layer.input_gradient(grad, left[-1], result)
-            else:
-                assert isinstance(layer, nn.Conv2d)
-                grad = input_gradient(layer, grad, left[-1], through_relu)
-        return grad
-
-
-def _module(layer: Layer, in_channels: int) -> tuple[nn.Module, int]:
-    match layer:
-        case Conv(channels, kernel, stride, padding):
-            return nn.Conv2d(in_channels, channels, kernel, stride, padding), channels
-        case ReLU():
-            return nn.ReLU(inplace=True), in_channels
-        case MaxPool(kernel, stride, ceil_mode):
-            return MaxPool2d(kernel, stride, ceil_mode=ceil_mode), in_channels
-        case Fire(squeeze, expand):
-            return FireModule(in_channels, squeeze, expand), 2 * expand
-    raise TypeError(f"not a layer of a trunk: {layer!r}")
+from . import legality, packing
+from .layers import make_layer
+from .legality import FastSlice, Fault
+from .slice_node import slice_tap
+from .table import IMAGE_CHANNELS, TRUNKS, trunk_spec
 
 
 class Trunk(nn.Module):
@@ -126,8 +32,8 @@ class Trunk(nn.Module):
             torchvision draws them.
         requires_grad: whether the weights learn.
 
-    Weights and activations are kept channels-last, the order in which both the convolutions and
-    the distance that follows are fastest.
+    Weights lie as in ``lpips``, contiguous; activations are channels-last where slices run by hand,
+    the order in which both the convolutions and the distance that follows are fastest.
 
     >>> taps = Trunk("alex")(torch.zeros(1, 3, 64, 64))
     >>> taps._fields, taps.relu1.shape
@@ -144,42 +50,46 @@ class Trunk(nn.Module):
         self._outputs = namedtuple("TrunkOutputs", spec.taps)  # type: ignore[misc]
         channels, first = IMAGE_CHANNELS, 0
         for number, last in enumerate(spec.taps.values(), start=1):
-            block = Slice(keep_nan=number == 1)
+            block = nn.Sequential()
             for index in range(first, last + 1):
-                module, channels = _module(spec.layers[index], channels)
+                module, channels = make_layer(spec.layers[index], channels)
                 block.add_module(str(index), module)
             self.add_module(f"slice{number}", block)
             first = last + 1
-        self._convolutions = [m for m in self.modules() if isinstance(m, nn.Conv2d)]
         if state_dict is not None:
             self.load_features(state_dict)
         elif spec.initialize is not None:
-            for conv in self._convolutions:
-                spec.initialize(conv.weight)
-                nn.init.zeros_(conv.bias)  # type: ignore[arg-type]
+            for conv in self.modules():
+                if isinstance(conv, nn.Conv2d):
+                    spec.initialize(conv.weight)
+                    nn.init.zeros_(conv.bias)  # type: ignore[arg-type]
         self.requires_grad_(requires_grad)
-        self.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
 
     def __reduce_ex__(self, protocol: Any) -> Any:
         # The outputs' class is made from the table and so cannot be pickled by name.
         state = {k: v for k, v in self.__dict__.items() if k != "_outputs"}
         return _restore_trunk, (type(self), state)
 
-    def slices(self) -> list[Slice]:
+    def slices(self) -> list[nn.Module]:
+        """The slices as they are now, replaced ones too."""
         return [getattr(self, f"slice{number}") for number in range(1, self.N_slices + 1)]
 
-    def learns(self) -> bool:
-        """Whether any of its weights needs a gradient."""
-        return any(p.requires_grad for c in self._convolutions for p in (c.weight, c.bias))  # type: ignore[union-attr]
+    def fast_slices(
+        self, device: torch.device, dtype: torch.dtype, frozen: bool = False
+    ) -> list[FastSlice | Fault]:
+        """Of each slice, what runs it by hand on scaled images of a dtype, or why nothing may.
 
-    def records(self, x: Tensor) -> bool:
-        """Whether ``record`` and ``input_gradient`` of its slices take scaled images ``x``.
-
-        They do not call modules one by one: where somebody hooks into a slice, it is called.
+        Args:
+            frozen: the weights are used without a gradient, whether they ask for one or not.
         """
-        if self.learns() or any(block.is_hooked() for block in self.slices()):
-            return False
-        return is_frozen_on_cpu(self._convolutions[0], x)
+        return [
+            legality.fast_slice(block, self.net_name, number, device, dtype, frozen)
+            for number, block in enumerate(self.slices(), start=1)
+        ]
+
+    def repack(self) -> None:
+        """Has what was packed of the weights made anew by the next call."""
+        packing.forget(self.parameters())
 
     def load_features(self, state_dict: dict[str, Tensor]) -> None:
         """Loads weights with torchvision's names, ``features.N.…``."""
@@ -195,7 +105,11 @@ class Trunk(nn.Module):
         self.load_state_dict(renamed)
 
     def taps(
-        self, x: Tensor, checkpoint: bool = False, layers: Sequence[int] | None = None
+        self,
+        x: Tensor,
+        checkpoint: bool = False,
+        layers: Sequence[int] | None = None,
+        fast: Sequence[FastSlice | Fault] | None = None,
     ) -> Iterator[Tensor]:
         """The taps of scaled images (N, 3, H, W) one after the other.
 
@@ -204,17 +118,22 @@ class Trunk(nn.Module):
         Args:
             checkpoint: keep only the taps for backward, and recompute what lies between them.
             layers: which taps, ascending; ``None``: all. Nothing behind the last of them runs.
+            fast: of :meth:`fast_slices`; a slice without one is called as a module.
         """
         wanted = range(self.N_slices) if layers is None else layers
-        held = [x.contiguous(memory_format=torch.channels_last)]
+        held = [x]
         del x
         for layer, block in enumerate(self.slices()[: wanted[-1] + 1]):
-            if checkpoint and torch.is_grad_enabled():
-                held = [torch.utils.checkpoint.checkpoint(block, held.pop(), use_reentrant=False)]
-            elif torch.is_grad_enabled() or not kernels.is_eager() or block.is_hooked():
-                held = [block(held.pop())]
+            by_hand = fast[layer] if fast is not None else None
+            if isinstance(by_hand, FastSlice):
+                if checkpoint and torch.is_grad_enabled():
+                    held = [_checkpoint(functools.partial(slice_tap, by_hand), held.pop())]
+                else:
+                    held = [slice_tap(by_hand, held)]
+            elif checkpoint and torch.is_grad_enabled():
+                held = [_checkpoint(block, held.pop())]
             else:
-                held = [block.consume(held)]
+                held = [block(held.pop())]
             if layer in wanted:
                 yield held[0]
 
@@ -227,7 +146,13 @@ class Trunk(nn.Module):
         Returns:
             A named tuple, one tensor (N, C_l, H_l, W_l) per tap.
         """
-        return self._outputs(*self.taps(x))
+        by_hand = legality.call_fault([x], x.device, x.dtype) is None
+        fast = self.fast_slices(x.device, x.dtype) if by_hand else None
+        return self._outputs(*self.taps(x, fast=fast))
+
+
+def _checkpoint(function: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
+    return torch.utils.checkpoint.checkpoint(function, x, use_reentrant=False)
 
 
 def _restore_trunk(cls: type[Trunk], state: dict[str, Any]) -> Trunk:
