@@ -60,10 +60,10 @@ int run_bias_relu(const char* dtype, void* y, const void* bias, int64_t position
   });
 }
 
-// sizes: N, H, W; strides: of N, C, H, W.
+// sizes: N, H, W; strides: of N, C, H, W. flags: a word an image, or null.
 int run_scale_images(const char* in, const char* out, const void* images, const int64_t* sizes,
                      const int64_t* strides, const void* shift, const void* scale, int unit_range,
-                     void* result, int order, int ends) {
+                     void* result, void* flags, int order, int ends) {
   const ImageBatch batch{images,     sizes[0],   sizes[1],   sizes[2],
                          strides[0], strides[1], strides[2], strides[3]};
   return run(order, ends, [&](emulation::Stream* stream) {
@@ -73,7 +73,8 @@ int run_scale_images(const char* in, const char* out, const void* images, const 
       dispatch(out, [&](auto scaled) {
         using Out = decltype(scaled);
         launch_scale_images<In>(batch, static_cast<const A*>(shift), static_cast<const A*>(scale),
-                                unit_range != 0, static_cast<Out*>(result), stream);
+                                unit_range != 0, static_cast<Out*>(result),
+                                static_cast<uint32_t*>(flags), stream);
       });
     });
   });

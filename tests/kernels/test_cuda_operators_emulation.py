@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import ctypes
 import itertools
+import re
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
@@ -253,7 +254,8 @@ class TestRefusals:
     def refusal(self, operators, name: str, *arguments: Any) -> str:
         with pytest.raises(RuntimeError) as caught:
             getattr(operators, name)(*arguments)
-        return str(caught.value).split("\n")[0]
+        # Without the place in the source that torch puts in front.
+        return re.sub(r"^\w+, \S+:\d+, ", "", str(caught.value).split("\n")[0])
 
     def test_in_the_same_words(self, distance, generator):
         a, b, w = layers(torch.float32, generator, CHANNELS_LAST, [(2, 8, 4, 4)])
@@ -314,6 +316,19 @@ class TestTrunk:
                 check_device(trunk.calls(), launches=len(images))
                 cpus = torch.ops.lpips_fast.scale_images(*arguments)
                 assert torch.equal(ours, cpus) and ours.stride() == cpus.stride()
+
+    def test_scale_images_flagged(self, trunk, generator, dtype):
+        shift, scale = torch.randn(3, generator=generator), 0.5 + torch.rand(3, generator=generator)
+        images = [torch.rand(n, 3, 6, 8, generator=generator).to(dtype) for n in (2, 1, 3)]
+        images[0][1, 0, 0, 0], images[2][2, 1, 5, 7] = torch.nan, torch.inf
+        arguments = (images, shift, scale, True, torch.float32)
+        batch, flags = trunk.operators.scale_images_flagged(*arguments)
+        check_device(trunk.calls(), launches=1 + len(images))  # and one that clears the flags
+        cpus = torch.ops.lpips_fast.scale_images(*arguments)
+        assert torch.equal(batch.nan_to_num(), cpus.nan_to_num())
+        assert batch.stride() == cpus.stride()
+        assert flags.isnan().tolist() == [False, True, False, False, False, True]
+        assert not flags.nan_to_num().any()
 
     def test_bias_relu(self, trunk, generator, dtype):
         for channels in (16, 7):
