@@ -33,7 +33,7 @@ gpu-check: $(VENV)/.built
 
 parity: $(VENV)/.built
 	$(BIN)/python -m pip install --quiet --no-deps -r tests/reference-requirements.txt
-	$(BIN)/python tests/parity.py
+	$(BIN)/python tests/parity.py --page docs/parity.md
 
 bench: $(VENV)/.built
 	$(BIN)/python -m pip install --quiet --no-deps -r tests/reference-requirements.txt

@@ -13,6 +13,7 @@ from .dispatch import (
     has_tangents,
     has_trunk_kernels,
     has_wide_vectors,
+    is_compiling,
     is_eager,
 )
 from .libraries import LOADED_LIBRARIES, WeightWatch
@@ -29,6 +30,7 @@ __all__ = [
     "has_tangents",
     "has_trunk_kernels",
     "has_wide_vectors",
+    "is_compiling",
     "is_eager",
     "max_pool",
     "scale_images",

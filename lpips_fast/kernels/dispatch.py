@@ -57,6 +57,11 @@ def has_tangents() -> bool:
     return torch.autograd.forward_ad._current_level >= 0
 
 
+def is_compiling() -> bool:
+    """Whether torch.compile records the call, for here: our operators stand in what it makes."""
+    return torch.compiler.is_compiling() and has_operators()
+
+
 def has_operators() -> bool:
     """Whether operators of ours may stand in what is run: eagerly, or compiled for here.
 
