@@ -144,9 +144,10 @@ __global__ void __launch_bounds__(kChannelsLastThreads, kVectors ? 4 : 2)
 
 // Blocks that a multiprocessor should hold, which bounds their registers: as many as come without
 // spills, by the table of scripts/check_cuda_compile.py. 0 leaves the number to the compiler.
-constexpr int channels_last_backward_blocks(int element_size, bool vectors, bool weight_gradient) {
+constexpr int channels_last_backward_blocks(int element_size, bool vectors, bool weight_gradient,
+                                            bool tap) {
   if (weight_gradient) return 1;
-  if (!vectors) return 2;
+  if (!vectors || (tap && element_size == 8)) return 2;
   return element_size == 2 ? 3 : 0;
 }
 
@@ -155,7 +156,7 @@ constexpr int channels_last_backward_blocks(int element_size, bool vectors, bool
 template <typename T, bool kVectors, bool kWeightGradient, bool kTap>
 __global__ void __launch_bounds__(kChannelsLastThreads,
                                   channels_last_backward_blocks(sizeof(T), kVectors,
-                                                                kWeightGradient))
+                                                                kWeightGradient, kTap))
     channels_last_backward(const __grid_constant__ LayerTasks tasks) {
   using A = accumulator_t<T>;
   using Slice = ChannelSlice<T, kVectors>;

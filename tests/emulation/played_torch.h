@@ -31,9 +31,11 @@ namespace played {
 
 // What a test plays and counts.
 struct Device {
+  static constexpr int kDevices = 2;
+  int current = 0;
   CUstream_st stream;
   int multiprocessors = 4;
-  int error = cudaSuccess;  // of the next question for the last error
+  int error = cudaSuccess;  // of the next question for the last error, and of device 1's kernels
   int guards = 0, guards_held = 0, streams = 0, unguarded_launches = 0;
 };
 inline Device& device = *new Device;
@@ -77,6 +79,21 @@ const char* cudaGetErrorString(cudaError_t) { return "a played error"; }
 cudaError_t cudaDeviceGetAttribute(int* value, cudaDeviceAttr, int) {
   *value = played::device.multiprocessors;
   return cudaSuccess;
+}
+
+cudaError_t cudaGetDevice(int* device) {
+  *device = played::device.current;
+  return cudaSuccess;
+}
+
+cudaError_t cudaSetDevice(int device) {
+  if (device >= played::Device::kDevices) return cudaErrorInvalidDevice;
+  played::device.current = device;
+  return cudaSuccess;
+}
+
+cudaError_t cudaFuncGetAttributes(cudaFuncAttributes*, const void*) {
+  return static_cast<cudaError_t>(played::device.current == 0 ? cudaSuccess : played::device.error);
 }
 
 cudaError_t cudaMemsetAsync(void* memory, int value, size_t bytes, cudaStream_t) {

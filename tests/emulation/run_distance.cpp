@@ -6,6 +6,7 @@
 #include <exception>
 #include <string>
 
+#include "../../csrc/cuda/device_status_cuda.cu"
 #include "../../csrc/cuda/distance_cuda.cu"
 #include "../../csrc/ops.cpp"
 #include "guarded_memory.h"

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import importlib.util
 import os
+import runpy
 import subprocess
 import sys
 from pathlib import Path
@@ -205,3 +206,56 @@ class TestGpuCheck:
         done = self.run()
         assert done.returncode == 77
         assert "nothing was checked" in done.stderr
+
+
+class TestBuild:
+    """setup.py with a toolkit that is played: what it builds for, and what it says."""
+
+    @pytest.fixture
+    def build(self, monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
+        import setuptools
+
+        monkeypatch.setattr(setuptools, "setup", lambda **_: None)
+        monkeypatch.setenv("LPIPS_FAST_CUDA", "0")
+        return runpy.run_path(str(REPOSITORY / "setup.py"))
+
+    @pytest.fixture
+    def toolkit(self, tmp_path: Path) -> Path:
+        nvcc = tmp_path / "bin" / "nvcc"
+        nvcc.parent.mkdir()
+        nvcc.write_text(
+            "#!/bin/sh\n"
+            'case "$1" in\n'
+            "  --version) echo 'Cuda compilation tools, release 12.4, V12.4.131' ;;\n"
+            "  --list-gpu-arch) echo 'compute_70\ncompute_75\ncompute_80\ncompute_90' ;;\n"
+            "esac\n"
+        )
+        nvcc.chmod(0o755)
+        return tmp_path
+
+    def test_an_older_toolkit_builds_what_it_knows(self, build, toolkit, monkeypatch):
+        monkeypatch.delenv("TORCH_CUDA_ARCH_LIST", raising=False)
+        assert build["nvcc_version"](toolkit) == "12.4"
+        assert build["architectures"](toolkit) == "7.5;8.0;9.0+PTX"
+        flags = build["gencode_flags"]("7.5;8.0;9.0+PTX")
+        assert flags[-2:] == [
+            "-gencode=arch=compute_90,code=sm_90",
+            "-gencode=arch=compute_90,code=compute_90",
+        ]
+
+    def test_architectures_that_are_asked_for(self, build, toolkit, monkeypatch):
+        monkeypatch.setenv("TORCH_CUDA_ARCH_LIST", "7.0 8.0+PTX")
+        assert build["architectures"](toolkit) == "7.0 8.0+PTX"
+        monkeypatch.setenv("TORCH_CUDA_ARCH_LIST", "8.0;12.0+PTX")
+        with pytest.raises(SystemExit, match=r"12\.0\+PTX, for which nvcc 12\.4 does not build"):
+            build["architectures"](toolkit)
+
+    def test_versions_that_do_not_meet(self, build):
+        faults = build["version_faults"]
+        assert faults("13.0", "13.0", (13, 0)) == faults("12.8", "13.0", (13, 1)) == []
+        assert faults("13.0", None, None) == faults("13.1", "13.0", (13, 0)) == []
+        (torchs,) = faults("13.0", "12.6", (13, 0))
+        assert "nvcc 13.0" in torchs and "CUDA 12.6" in torchs
+        (drivers,) = faults("13.0", "13.0", (12, 4))
+        assert "driver supports CUDA 12.4" in drivers
+        assert len(faults("13.0", "12.6", (12, 4))) == 2

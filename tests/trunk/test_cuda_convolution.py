@@ -373,7 +373,7 @@ def test_whole_model(device, net, engine, monkeypatch):
     for served in (True, False):
         if served:
             monkeypatch.setattr(slices, "_backend", lambda x: cuda_convolution)
-            monkeypatch.setattr(fire, "_is_one_call", lambda x: False)
+            monkeypatch.setattr(fire, "has_border", lambda x: False)
         else:
             monkeypatch.setattr(kernels, "is_eager", lambda: False)
         in0, in1 = image_pair(2, 67, 83, torch.float32, seed=0)
@@ -389,23 +389,16 @@ def test_whole_model(device, net, engine, monkeypatch):
     assert error(grad, expected_grad.double()) < 1e-4
 
 
-class TestSwitch:
-    def test_off_in_the_environment(self, run_python):
-        code = """
-            import torch
-            from lpips_fast import kernels
-            kernels.LOADED_LIBRARIES.append("_cuda")
-            print(*(kernels.has_trunk_kernels(torch.device(d)) for d in ("cpu", "cuda", "meta")))
-            print(kernels.has_kernel(torch.device("cuda")))
-        """
-        assert run_python(code, LPIPS_FAST_CUDA_TRUNK="0").split() == [
-            *("True", "False", "False", "True")
-        ]
-        assert run_python(code, LPIPS_FAST_CUDA_TRUNK="1").split() == [
-            *("True", "True", "False", "True")
-        ]
-
-    def test_without_our_library_all_is_torchs(self, monkeypatch):
-        monkeypatch.setattr(kernels.dispatch, "LOADED_LIBRARIES", ["_cpu_default"])
-        assert not kernels.has_trunk_kernels(torch.device("cuda"))
-        assert not kernels.has_kernel(torch.device("cuda"))
+def test_off_in_the_environment(run_python):
+    code = """
+        import torch
+        from lpips_fast import kernels
+        class Everywhere:
+            def run_on(self, device): return True
+        kernels.dispatch.CUDA_KERNELS = Everywhere()
+        print(*(kernels.has_trunk_kernels(torch.device(d)) for d in ("cpu", "cuda", "meta")))
+        print(kernels.has_kernel(torch.device("cuda")))
+    """
+    for switch, on_cuda in (("0", "False"), ("1", "True")):
+        printed = run_python(code, LPIPS_FAST_CUDA_TRUNK=switch).split()
+        assert printed == ["True", on_cuda, "False", "True"]
