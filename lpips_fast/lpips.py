@@ -93,8 +93,8 @@ class LPIPS(nn.Module):
 
     >>> model = LPIPS(net="alex", pnet_rand=True, verbose=False)
     >>> image = torch.rand(2, 3, 64, 64) * 2 - 1
-    >>> model(image, image).flatten()
-    tensor([0., 0.])
+    >>> model(image, image).flatten().tolist()
+    [0.0, 0.0]
     """
 
     def __init__(

@@ -53,8 +53,9 @@ def layer_distances(
     if batch <= limit or torch.is_grad_enabled():
         try:
             return _layers(call, in0, in1)
-        except torch.OutOfMemoryError:
-            if torch.is_grad_enabled() or batch < 2:
+        except RuntimeError as error:
+            is_too_large = kernels.is_out_of_memory(error) and batch > 1
+            if torch.is_grad_enabled() or not is_too_large:
                 raise
             limit = (batch + 1) // 2
     parts = []

@@ -23,11 +23,6 @@ int multiprocessors(int32_t device) {
   return count;
 }
 
-Tensor empty_accumulators(const std::vector<int64_t>& shape, const Tensor& feat) {
-  return torch::stable::empty(shape, accumulator_dtype(feat.scalar_type()), std::nullopt,
-                              feat.device());
-}
-
 // Partial sums' memory, from torch's allocator: ordered by the current stream, capturable.
 struct Workspace {
   Tensor memory;
@@ -59,7 +54,7 @@ void run_distance(Operation operation, const std::vector<LayerWork>& works, cons
 }
 
 Tensor distance(TensorList feats0, TensorList feats1, TensorList weights, double eps) {
-  check_layers(feats0, feats1, weights);
+  check_layers(Backend::kCUDA, feats0, feats1, weights);
   const DeviceGuard guard(feats0[0].get_device_index());
   const Layers layers = describe_layers(feats0, feats1, weights);
   const Tensor out =
@@ -69,7 +64,7 @@ Tensor distance(TensorList feats0, TensorList feats1, TensorList weights, double
 }
 
 TensorList distance_map(TensorList feats0, TensorList feats1, TensorList weights, double eps) {
-  check_layers(feats0, feats1, weights);
+  check_layers(Backend::kCUDA, feats0, feats1, weights);
   const DeviceGuard guard(feats0[0].get_device_index());
   const Layers layers = describe_layers(feats0, feats1, weights);
   std::vector<LayerWork> works = works_of(layers);
@@ -123,8 +118,8 @@ TensorList run_backward(std::vector<LayerWork> works, const TensorList& feats0,
 
 TensorList distance_backward(Tensor grad, TensorList feats0, TensorList feats1, TensorList weights,
                              double eps, bool need_feats0, bool need_feats1, bool need_weights) {
-  check_layers(feats0, feats1, weights);
-  check_distance_gradient(grad, feats0);
+  check_layers(Backend::kCUDA, feats0, feats1, weights);
+  check_distance_gradient(Backend::kCUDA, grad, feats0);
   const DeviceGuard guard(feats0[0].get_device_index());
   const Layers layers = describe_layers(feats0, feats1, weights);
   std::vector<LayerWork> works = works_of(layers);
@@ -140,8 +135,8 @@ TensorList distance_backward(Tensor grad, TensorList feats0, TensorList feats1, 
 TensorList distance_map_backward(TensorList grads, TensorList feats0, TensorList feats1,
                                  TensorList weights, double eps, bool need_feats0, bool need_feats1,
                                  bool need_weights) {
-  check_layers(feats0, feats1, weights);
-  check_map_gradients(grads, feats0);
+  check_layers(Backend::kCUDA, feats0, feats1, weights);
+  check_map_gradients(Backend::kCUDA, grads, feats0);
   const DeviceGuard guard(feats0[0].get_device_index());
   const Layers layers = describe_layers(feats0, feats1, weights);
   std::vector<LayerWork> works = works_of(layers);
@@ -157,19 +152,21 @@ TensorList distance_map_backward(TensorList grads, TensorList feats0, TensorList
 TensorList tap_backward(Tensor grad, std::optional<Tensor> deeper, Tensor feat0, Tensor feat1,
                         Tensor weight, double eps, bool need_weight) {
   const TensorList feats0{feat0}, weights{weight};
-  check_layers(feats0, {feat1}, weights);
+  check_layers(Backend::kCUDA, feats0, {feat1}, weights);
   const bool is_map = grad.dim() == 4;
   if (is_map) {
-    check_map_gradients({grad}, feats0);
+    check_map_gradients(Backend::kCUDA, {grad}, feats0);
   } else {
-    check_distance_gradient(grad, feats0);
+    check_distance_gradient(Backend::kCUDA, grad, feats0);
   }
-  STD_TORCH_CHECK(memory_order(feat0) == MemoryOrder::kChannelsLast,
-                  "tap_backward takes channels-last features");
-  STD_TORCH_CHECK(
-      !deeper || (same_shape(*deeper, feat0) && deeper->scalar_type() == feat0.scalar_type() &&
-                  same_device(*deeper, feat0)),
-      "the gradient from deeper layers must have the features' shape and dtype");
+  Operands(Backend::kCUDA).check("feat0", feat0).check("the gradient from deeper layers", deeper);
+  LPIPS_FAST_CHECK(memory_order(feat0) == MemoryOrder::kChannelsLast,
+                   "tap_backward takes channels-last features; call "
+                   ".contiguous(memory_format=torch.channels_last) first");
+  LPIPS_FAST_CHECK(
+      !deeper || (same_shape(*deeper, feat0) && deeper->scalar_type() == feat0.scalar_type()),
+      "the gradient from deeper layers must have the features' shape and dtype, got ",
+      deeper ? description_of(*deeper) : "", " for ", description_of(feat0));
   const DeviceGuard guard(feat0.get_device_index());
   const Layers layers = describe_layers(feats0, {feat1}, weights);
   LayerWork work = works_of(layers)[0];

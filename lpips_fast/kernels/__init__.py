@@ -15,6 +15,7 @@ from .dispatch import (
     has_wide_vectors,
     is_compiling,
     is_eager,
+    is_out_of_memory,
 )
 from .libraries import LOADED_LIBRARIES, WeightWatch
 
@@ -32,6 +33,7 @@ __all__ = [
     "has_wide_vectors",
     "is_compiling",
     "is_eager",
+    "is_out_of_memory",
     "max_pool",
     "scale_images",
 ]

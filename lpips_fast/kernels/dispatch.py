@@ -76,3 +76,10 @@ def has_operators() -> bool:
         or torch._C._are_functorch_transforms_active()
         or has_tangents()
     )
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether memory ran out: ``torch.OutOfMemoryError``, or on the CPU what has no class there."""
+    return isinstance(error, torch.OutOfMemoryError) or (
+        isinstance(error, RuntimeError) and "DefaultCPUAllocator: can't allocate" in str(error)
+    )
