@@ -439,11 +439,14 @@ class LPIPS(nn.Module):
         """Distances of scaled images, slice by slice; a slice without a target only runs."""
         layers = []
         weights = iter(self._channel_weights(x))
-        for block, target in zip(blocks, targets):
+        keys = self.net.receptive_fields(x, len(blocks))
+        for block, target, of_slice in zip(blocks, targets, keys):
             if target is None:
-                x = block(x)
+                x = block(x, of_slice)
                 continue
-            x, value = slice_distance.slice_distance(block, x, target, next(weights), self.spatial)
+            x, value = slice_distance.slice_distance(
+                block, x, target, next(weights), self.spatial, of_slice
+            )
             layers.append(upsample(value, size) if self.spatial else value.view(-1, 1, 1, 1))
         return layers
 

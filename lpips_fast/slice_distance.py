@@ -9,6 +9,8 @@ once; behind it the slice's own backward runs without a node for every layer.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
@@ -23,7 +25,12 @@ def takes(trunk: Trunk, x: Tensor) -> bool:
 
 
 def slice_distance(
-    block: Slice, x: Tensor, target: Tensor | list[Tensor], weight: Tensor, spatial: bool
+    block: Slice,
+    x: Tensor,
+    target: Tensor | list[Tensor],
+    weight: Tensor,
+    spatial: bool,
+    keys: Sequence[Tensor] = (),
 ) -> tuple[Tensor, Tensor]:
     """The tap of ``block`` for images ``x``, and its distance to another tap.
 
@@ -35,8 +42,9 @@ def slice_distance(
             half as many are faster; what the slice makes of the target is kept for backward too.
         weight: (C_l,) in the accumulator's dtype; may learn.
         spatial: return a map (N, 1, H_l, W_l) instead of its mean (N, 1).
+        keys: of ``x``, before the slice's poolings (:meth:`Trunk.receptive_fields`).
     """
-    return _SliceDistance.apply(x, weight, target, block, spatial)
+    return _SliceDistance.apply(x, weight, target, block, spatial, keys)
 
 
 def _distance(tap: Tensor, target: Tensor, weight: Tensor, spatial: bool) -> Tensor:
@@ -49,7 +57,13 @@ def _distance(tap: Tensor, target: Tensor, weight: Tensor, spatial: bool) -> Ten
 class _SliceDistance(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx, x: Tensor, weight: Tensor, target: Tensor | list[Tensor], block: Slice, spatial: bool
+        ctx,
+        x: Tensor,
+        weight: Tensor,
+        target: Tensor | list[Tensor],
+        block: Slice,
+        spatial: bool,
+        keys: Sequence[Tensor],
     ):  # type: ignore[override]
         if isinstance(target, list):
             of_both = block.record(target.pop())
@@ -59,7 +73,7 @@ class _SliceDistance(torch.autograd.Function):
             made = block.record(x)
         ctx.set_materialize_grads(False)
         ctx.save_for_backward(x, weight, target, *made)
-        ctx.block, ctx.spatial = block, spatial
+        ctx.block, ctx.spatial, ctx.keys = block, spatial, keys
         return made[-1], _distance(made[-1], target, weight, spatial)
 
     @staticmethod
@@ -70,7 +84,7 @@ class _SliceDistance(torch.autograd.Function):
             both = _differentiable_backward(
                 ctx, x, weight, target, grad_tap, grad_distance, needs_x, needs_weight
             )
-            return (*both, None, None, None)
+            return (*both, None, None, None, None)
         if grad_distance is not None:
             grads = torch.ops.lpips_fast.tap_backward(
                 grad_distance, grad_tap, made[-1], target, weight, EPS, needs_weight
@@ -78,18 +92,18 @@ class _SliceDistance(torch.autograd.Function):
         elif grad_tap is not None:
             grads = [torch.ops.aten.threshold_backward(grad_tap, made[-1], 0)]
         else:
-            return None, None, None, None, None
+            return None, None, None, None, None, None
         grad_weight = grads.pop() if len(grads) > 1 else None
         # Popped, so that the slice can let go of it.
-        grad_x = ctx.block.input_gradient(grads.pop(), x, made) if needs_x else None
-        return grad_x, grad_weight, None, None, None
+        grad_x = ctx.block.input_gradient(grads.pop(), x, made, ctx.keys) if needs_x else None
+        return grad_x, grad_weight, None, None, None, None
 
 
 def _differentiable_backward(
     ctx, x, weight, target, grad_tap, grad_distance, needs_x, needs_weight
 ) -> tuple[Tensor | None, Tensor | None]:
     """The same gradients through nodes that have a derivative themselves, for a second one."""
-    tap = ctx.block(x)
+    tap = ctx.block(x, ctx.keys)
     results = (tap, _distance(tap, target, weight, ctx.spatial))
     pairs = [(r, g) for r, g in zip(results, (grad_tap, grad_distance)) if g is not None]
     inputs = [t for t, needed in ((x, needs_x), (weight, needs_weight)) if needed]

@@ -1,5 +1,6 @@
 // Torch's side of the CPU max-pooling: checks, work division, registration.
 #include <algorithm>
+#include <optional>
 
 #include "../max_pool.h"
 #include "dispatch.h"
@@ -14,7 +15,8 @@ using torch::stable::Tensor;
 constexpr int64_t kElementsPerTask = 16 * 1024;
 constexpr int64_t kChannelsPerTask = 64;  // whole cache lines, so that threads do not share one
 
-Tensor max_pool2d(Tensor x, int64_t kernel, int64_t stride, bool ceil_mode) {
+Tensor max_pool2d(Tensor x, int64_t kernel, int64_t stride, bool ceil_mode,
+                  std::optional<Tensor> /* keys: for the backward */) {
   check_pool(x, kernel, stride);
   x = channels_last(x);
   const Tensor y = empty_pooled(x, kernel, stride, ceil_mode);
@@ -38,14 +40,21 @@ Tensor max_pool2d(Tensor x, int64_t kernel, int64_t stride, bool ceil_mode) {
   return y;
 }
 
-Tensor max_pool2d_backward(Tensor grad, Tensor x, Tensor y, int64_t kernel, int64_t stride) {
+Tensor max_pool2d_backward(Tensor grad, Tensor x, Tensor y, int64_t kernel, int64_t stride,
+                           std::optional<Tensor> keys) {
   check_pool(x, kernel, stride);
   check_pool_gradient(grad, x, y);
+  STD_TORCH_CHECK(!keys || (keys->dim() == 3 && keys->is_contiguous() &&
+                            keys->scalar_type() == torch::headeronly::ScalarType::Long &&
+                            keys->size(0) == x.size(0) && keys->size(1) == x.size(2) &&
+                            keys->size(2) == x.size(3)),
+                  "max_pool2d_backward takes contiguous int64 keys (N, H, W) of its images");
   grad = channels_last(grad);
   x = channels_last(x);
   y = channels_last(y);
   const Tensor grad_x = empty_channels_last(x, x.size(2), x.size(3));
   const PoolShape shape = shape_of_pool(x, y, kernel, stride);
+  const auto* keys_of = keys ? static_cast<const int64_t*>(keys->const_data_ptr()) : nullptr;
   const int64_t groups = (shape.channels + kChannelsPerTask - 1) / kChannelsPerTask;
   dispatch_feature_dtype(x.scalar_type(), [&](auto feature) {
     using feature_t = decltype(feature);
@@ -58,6 +67,7 @@ Tensor max_pool2d_backward(Tensor grad, Tensor x, Tensor y, int64_t kernel, int6
         max_pool_backward(static_cast<const feature_t*>(grad.const_data_ptr()) + out,
                           static_cast<const feature_t*>(x.const_data_ptr()) + in,
                           static_cast<const feature_t*>(y.const_data_ptr()) + out,
+                          keys_of == nullptr ? nullptr : keys_of + image * shape.height * shape.width,
                           static_cast<feature_t*>(grad_x.mutable_data_ptr()) + in, shape, begin,
                           std::min(begin + kChannelsPerTask, shape.channels));
       }

@@ -9,45 +9,87 @@ from . import libraries  # noqa: F401  (its import registers the schemas)
 
 
 @torch.library.register_fake("lpips_fast::max_pool2d")
-def _(x: Tensor, kernel: int, stride: int, ceil_mode: bool) -> Tensor:
+def _(x: Tensor, kernel: int, stride: int, ceil_mode: bool, keys: Tensor | None = None) -> Tensor:
     y = torch.nn.functional.max_pool2d(x, kernel, stride, ceil_mode=ceil_mode)
     return torch.empty_like(y, memory_format=torch.channels_last)
 
 
 @torch.library.register_fake("lpips_fast::max_pool2d_backward")
-def _(grad: Tensor, x: Tensor, y: Tensor, kernel: int, stride: int) -> Tensor:
+def _(
+    grad: Tensor, x: Tensor, y: Tensor, kernel: int, stride: int, keys: Tensor | None = None
+) -> Tensor:
     return torch.empty_like(x, memory_format=torch.channels_last)
 
 
 def _save_pool(ctx, inputs, output) -> None:
-    x, ctx.kernel, ctx.stride, _ = inputs
-    ctx.save_for_backward(x, output)
+    x, ctx.kernel, ctx.stride, _, keys = inputs
+    ctx.save_for_backward(x, output, keys)
 
 
 def _pool_backward(ctx, grad):
-    x, y = ctx.saved_tensors
+    x, y, keys = ctx.saved_tensors
     operator = torch.ops.lpips_fast.max_pool2d_backward
-    return operator(grad, x, y, ctx.kernel, ctx.stride), None, None, None
+    return operator(grad, x, y, ctx.kernel, ctx.stride, keys), None, None, None, None
 
 
 def _save_pool_backward(ctx, inputs, output) -> None:
-    _, x, y, ctx.kernel, ctx.stride = inputs
-    ctx.save_for_backward(x, y)
+    _, x, y, ctx.kernel, ctx.stride, keys = inputs
+    ctx.save_for_backward(x, y, keys)
 
 
 def _pool_double_backward(ctx, grad_grad):
     # Linear in grad: the values of grad_grad at the maxima, one for each window.
-    x, y = ctx.saved_tensors
-    rows, columns = ((size - ctx.kernel) // ctx.stride + 1 for size in x.shape[2:])
-    ceil_mode = bool(rows != y.shape[2] or columns != y.shape[3])
-    _, index = torch.nn.functional.max_pool2d(
-        x, ctx.kernel, ctx.stride, ceil_mode=ceil_mode, return_indices=True
-    )
+    x, y, keys = ctx.saved_tensors
+    index = _receivers(x, y, ctx.kernel, ctx.stride, keys)
     picked = grad_grad.flatten(2).gather(2, index.flatten(2)).view_as(index)
-    return picked, None, None, None, None
+    return picked, None, None, None, None, None
+
+
+def _receivers(x: Tensor, y: Tensor, kernel: int, stride: int, keys: Tensor | None) -> Tensor:
+    """(N, C, h, w), int64: where the gradient of every window goes, as row * width + column."""
+    height, width = x.shape[2:]
+    ceil_mode = any((s - kernel) // stride + 1 != o for s, o in zip((height, width), y.shape[2:]))
+    _, index = torch.nn.functional.max_pool2d(
+        x, kernel, stride, ceil_mode=ceil_mode, return_indices=True
+    )
+    if keys is None:
+        return index
+    wanted = keys.flatten(1).unsqueeze(1).expand(-1, x.shape[1], -1).gather(2, index.flatten(2))
+    wanted, found = wanted.view_as(index), index.clone()
+    tops, lefts = (torch.arange(n).mul_(stride) for n in y.shape[2:])
+    for k in reversed(range(kernel**2)):  # the first of the window is written last
+        rows, columns = tops + k // kernel, lefts + k % kernel
+        inside = (rows < height)[:, None] & (columns < width)
+        at = rows.clamp(max=height - 1)[:, None] * width + columns.clamp(max=width - 1)
+        is_alike = (keys.flatten(1)[:, at][:, None] == wanted) & inside
+        found = torch.where(is_alike, at, found)
+    return found
 
 
 torch.library.register_autograd("lpips_fast::max_pool2d", _pool_backward, setup_context=_save_pool)
 torch.library.register_autograd(
     "lpips_fast::max_pool2d_backward", _pool_double_backward, setup_context=_save_pool_backward
 )
+
+
+@torch.library.register_fake("lpips_fast::receptive_fields")
+def _(x: Tensor, layers: list[int]) -> list[Tensor]:
+    before_poolings = []
+    height, width = x.shape[2:]
+    for pools, kernel, stride, last in zip(*(layers[k::4] for k in range(4)), strict=True):
+        if pools:
+            before_poolings.append(x.new_empty((len(x), height, width), dtype=torch.int64))
+        height, width = (
+            pooled_size(size, kernel, stride, bool(last))
+            if pools
+            else (size + 2 * last - kernel) // stride + 1
+            for size in (height, width)
+        )
+    return before_poolings
+
+
+def pooled_size(size: int, kernel: int, stride: int, ceil_mode: bool) -> int:
+    """Windows along an axis, as torch counts them (``csrc/pool_shape.h``)."""
+    out = (size - kernel + (stride - 1 if ceil_mode else 0)) // stride + 1
+    # A window may hang over the edge, but not start beyond it.
+    return out - 1 if ceil_mode and (out - 1) * stride >= size else out

@@ -21,20 +21,28 @@ from .table import IMAGE_CHANNELS, TRUNKS, Conv, Fire, Layer, MaxPool, ReLU, tru
 
 
 class MaxPool2d(nn.MaxPool2d):
-    """Max-pooling by our own kernel on the CPU and on CUDA, which needs no tensor of indices."""
+    """Max-pooling by our own kernel on the CPU and on CUDA, which needs no tensor of indices.
 
-    def forward(self, input: Tensor) -> Tensor:
+    ``keys`` say which positions are equal but for rounding (:meth:`Trunk.receptive_fields`): of
+    these the first of a window gets its gradient.
+    """
+
+    def forward(self, input: Tensor, keys: Tensor | None = None) -> Tensor:
         if not kernels.is_eager() or not kernels.has_trunk_kernels(input.device):
             return super().forward(input)
         # Without cuDNN, and in float64, convolutions on CUDA return channels-first.
         if input.is_cuda and not input.is_contiguous(memory_format=torch.channels_last):
             return super().forward(input)
-        return torch.ops.lpips_fast.max_pool2d(input, self.kernel_size, self.stride, self.ceil_mode)
+        return torch.ops.lpips_fast.max_pool2d(
+            input, self.kernel_size, self.stride, self.ceil_mode, keys
+        )
 
-    def input_gradient(self, grad: Tensor, x: Tensor, y: Tensor) -> Tensor:
+    def input_gradient(
+        self, grad: Tensor, x: Tensor, y: Tensor, keys: Tensor | None = None
+    ) -> Tensor:
         """On the CPU, without a graph: the gradient to ``x``, of which ``y`` was made."""
         operator = torch.ops.lpips_fast.max_pool2d_backward
-        return operator(grad, x, y, self.kernel_size, self.stride)
+        return operator(grad, x, y, self.kernel_size, self.stride, keys)
 
 
 class Slice(nn.Sequential):
@@ -51,14 +59,25 @@ class Slice(nn.Sequential):
         """The layers, a convolution standing for its ReLU too: each is followed by one."""
         return (layer for layer in self if not isinstance(layer, nn.ReLU))
 
-    def forward(self, input: Tensor) -> Tensor:
-        return self.consume([input])
+    def forward(self, input: Tensor, keys: Sequence[Tensor] = ()) -> Tensor:
+        return self.consume([input], keys)
 
-    def consume(self, held: list[Tensor]) -> Tensor:
-        """:meth:`forward`, taking the images out of a list: their memory goes back when used."""
-        x = held.pop()
+    def consume(self, held: list[Tensor], keys: Sequence[Tensor] = ()) -> Tensor:
+        """:meth:`forward`, taking the images out of a list: their memory goes back when used.
+
+        Args:
+            held: the images.
+            keys: of their positions before every pooling, for the backward (see
+                :meth:`Trunk.receptive_fields`).
+        """
+        x, keys_left = held.pop(), list(keys)
         for layer in self._steps():
-            x = conv_relu(layer, x, self.keep_nan) if isinstance(layer, nn.Conv2d) else layer(x)
+            if isinstance(layer, nn.Conv2d):
+                x = conv_relu(layer, x, self.keep_nan)
+            elif keys_left and isinstance(layer, MaxPool2d):
+                x = layer(x, keys_left.pop(0))
+            else:
+                x = layer(x)
         return x
 
     def is_hooked(self) -> bool:
@@ -78,7 +97,9 @@ class Slice(nn.Sequential):
             x = made[-1]
         return made
 
-    def input_gradient(self, grad: Tensor, x: Tensor, made: Sequence[Tensor]) -> Tensor:
+    def input_gradient(
+        self, grad: Tensor, x: Tensor, made: Sequence[Tensor], keys: Sequence[Tensor] = ()
+    ) -> Tensor:
         """The gradient to ``x``, without a graph.
 
         One hand-written backward instead of a node of autograd for every layer: at small images
@@ -87,8 +108,9 @@ class Slice(nn.Sequential):
         Args:
             grad: the gradient to the result before its ReLU.
             x, made: images and what :meth:`record` made of them.
+            keys: as :meth:`consume` takes them.
         """
-        steps, left = list(self._steps()), [x, *made]
+        steps, left, keys_left = list(self._steps()), [x, *made], list(keys)
         for k in range(len(steps) - 1, -1, -1):
             layer, result = steps[k], left.pop()
             through_relu = k > 0 and not isinstance(steps[k - 1], MaxPool2d)
@@ -96,11 +118,30 @@ class Slice(nn.Sequential):
                 squeezed = left.pop()
                 grad = layer.input_gradient(grad, left[-1], squeezed, through_relu)
             elif isinstance(layer, MaxPool2d):
-                grad = layer.input_gradient(grad, left[-1], result)
+                key = keys_left.pop() if keys_left else None
+                grad = layer.input_gradient(grad, left[-1], result, key)
             else:
                 assert isinstance(layer, nn.Conv2d)
                 grad = input_gradient(layer, grad, left[-1], through_relu)
         return grad
+
+
+def _receptive_geometry(layer: nn.Module) -> list[int] | None:
+    """A layer as the operator ``receptive_fields`` takes it; None where it may do anything."""
+    if layer._forward_hooks or layer._forward_pre_hooks:
+        return None
+    if type(layer) in (nn.ReLU, Slice):
+        return []
+    if type(layer) is MaxPool2d and not layer.padding and layer.dilation == 1:
+        return [1, int(layer.kernel_size), int(layer.stride), int(layer.ceil_mode)]
+    if type(layer) is FireModule:  # its 1x1 convolutions see what they are given
+        inner = [_receptive_geometry(conv) for conv in layer.children()]
+        return inner[-1] if all(g is not None for g in inner) else None
+    if type(layer) is nn.Conv2d and layer.dilation == (1, 1):
+        kernel, stride, padding = layer.kernel_size, layer.stride, layer.padding
+        if kernel[0] == kernel[1] and stride[0] == stride[1] and padding[0] == padding[1]:
+            return [0, kernel[0], stride[0], int(padding[0])]
+    return None
 
 
 def _module(layer: Layer, in_channels: int) -> tuple[nn.Module, int]:
@@ -181,6 +222,42 @@ class Trunk(nn.Module):
             return False
         return is_frozen_on_cpu(self._convolutions[0], x)
 
+    def receptive_fields(self, x: Tensor, slices: int | None = None) -> list[list[Tensor]]:
+        """Which positions before a max-pooling look at the same picture, for its backward.
+
+        Where an image is flat, padded or periodic, positions are equal in exact arithmetic and
+        max-pooling's gradient belongs to the first of them, but rounding makes one of them the
+        largest. They are told by what they see: a key for every position, a hash of the bits in
+        its receptive field. So it does not matter how rounding falls.
+
+        Args:
+            x: scaled images (N, 3, H, W).
+            slices: of how many, from the first on; ``None``: all.
+
+        Returns:
+            For every slice, one tensor (N, H_l, W_l) of int64 keys for every pooling in it. Empty
+            where equal pictures need not give equal values, or nothing is known of them: where
+            somebody hooks into the trunk or replaced a layer, on other devices than the CPU, and
+            where there is no call to serve (see :func:`lpips_fast.kernels.is_eager`).
+        """
+        blocks = self.slices()[:slices]
+        nothing: list[list[Tensor]] = [[] for _ in blocks]
+        if x.device.type != "cpu" or not kernels.is_eager() or type(x) is not Tensor:
+            return nothing
+        geometry: list[int] = []
+        poolings, last = [0] * len(blocks), 0
+        for number, block in enumerate(blocks):
+            for layer in (block, *block):
+                found = _receptive_geometry(layer)
+                if found is None:
+                    return nothing
+                geometry += found
+                if isinstance(layer, MaxPool2d):
+                    poolings[number] += 1
+                    last = len(geometry)
+        keys = iter(torch.ops.lpips_fast.receptive_fields(x.detach(), geometry[:last]))
+        return [[next(keys) for _ in range(count)] for count in poolings]
+
     def load_features(self, state_dict: dict[str, Tensor]) -> None:
         """Loads weights with torchvision's names, ``features.N.…``."""
         slice_of = {
@@ -207,10 +284,15 @@ class Trunk(nn.Module):
         """
         wanted = range(self.N_slices) if layers is None else layers
         held = [x.contiguous(memory_format=torch.channels_last)]
+        has_graph = torch.is_grad_enabled() and (x.requires_grad or self.learns())
+        keys = self.receptive_fields(held[0], wanted[-1] + 1) if has_graph else None
         del x
         for layer, block in enumerate(self.slices()[: wanted[-1] + 1]):
-            if checkpoint and torch.is_grad_enabled():
-                held = [torch.utils.checkpoint.checkpoint(block, held.pop(), use_reentrant=False)]
+            if keys is not None and keys[layer] and not checkpoint:
+                held = [block(held.pop(), keys[layer])]
+            elif checkpoint and torch.is_grad_enabled():
+                arguments = (held.pop(), keys[layer]) if keys and keys[layer] else (held.pop(),)
+                held = [torch.utils.checkpoint.checkpoint(block, *arguments, use_reentrant=False)]
             elif torch.is_grad_enabled() or not kernels.is_eager() or block.is_hooked():
                 held = [block(held.pop())]
             else:
