@@ -8,9 +8,10 @@
 // pooled value: among equal values the first of the window, row by row, gets the gradient, as in
 // torch, and so does the first NaN.
 //
-// Keys (N, H, W), int64, say which positions are equal but for rounding, by whatever way they were
-// computed (csrc/cpu/receptive_fields_cpu.cpp): a window's gradient then goes to the first position
-// with the maximum's key. They decide nothing in the forward.
+// Keys (N, groups, H, W), int64, say which positions are equal but for rounding in a group of
+// channels, by whatever way they were computed (csrc/cpu/receptive_fields_cpu.cpp): a window's
+// gradient then goes to the first position with the maximum's key. They decide nothing in the
+// forward.
 #pragma once
 
 #include "feature_dtype.h"

@@ -12,13 +12,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from . import functional, kernels, slice_distance
+from . import functional, gradient_scaling, kernels, slice_distance
 from .composed import accumulator_dtype
 from .features import Features
 from .inputs import as_rgb_batch, check_features, check_same_size, common_batch, warn_of_values
 from .normalization import Normalization, check_normalization
 from .trunk.modules import Slice, Trunk
-from .trunk.table import check_layers, minimum_size, tap_channels, trunk_spec
+from .trunk.table import check_layers, minimum_size, tap_channels, tap_shapes, trunk_spec
 from .weights import WeightsError, load_lin_weights, load_trunk_weights, read_state_dict
 
 if TYPE_CHECKING:
@@ -329,15 +329,17 @@ class LPIPS(nn.Module):
         taps0: Sequence[Tensor],
         taps1: Sequence[Tensor],
         size: tuple[int, int],
+        weights: Sequence[Tensor] | None,
         first: int = 0,
     ) -> list[Tensor]:
         """One tensor a layer: (N, 1, 1, 1), or (N, 1, H, W) for ``spatial``.
 
-        The taps are those of ``self.layers[first]`` and of the layers that follow there.
+        The taps are those of ``self.layers[first]`` and of the layers that follow there; the
+        weights, as :meth:`_lin_weights` gives them, those of all layers.
         """
         layers = self.layers[first : first + len(taps0)]
-        lins = [self._lin(k) for k in layers] if self.lpips else []
         if self._drops():
+            lins = [self._lin(k) for k in layers]
             normal0, normal1 = (
                 [functional.normalize_features(tap, self.normalization) for tap in taps]
                 for taps in (taps0, taps1)
@@ -346,7 +348,8 @@ class LPIPS(nn.Module):
             if not self.spatial:
                 return [spatial_average(m) for m in maps]
         else:
-            weights = [lin.weight for lin in lins] if self.lpips else None
+            if weights is not None:
+                weights = weights[first : first + len(taps0)]
             if not self.spatial:
                 distances = functional.distance(
                     taps0, taps1, weights, normalization=self.normalization
@@ -355,18 +358,20 @@ class LPIPS(nn.Module):
             maps = functional.distance_map(taps0, taps1, weights, normalization=self.normalization)
         return [upsample(m, size) for m in maps]
 
-    def _layers_in_one_pass(self, in0: Tensor, in1: Tensor, normalize: bool) -> list[Tensor]:
+    def _layers_in_one_pass(
+        self, in0: Tensor, in1: Tensor, normalize: bool, weights: Sequence[Tensor] | None
+    ) -> list[Tensor]:
         """Every layer's distance of two images that both need a graph, or both none."""
         size = _size(in0)
         if self._needs_graph(in0) or in0.numel() < _STREAMED_FROM or not kernels.is_eager():
             split = [len(in0), len(in1)]
             taps = self._taps((in0, in1), normalize)
             pairs = [_broadcast(*tap.split(split)) for tap in taps]
-            return self._per_layer([a for a, _ in pairs], [b for _, b in pairs], size)
+            return self._per_layer([a for a, _ in pairs], [b for _, b in pairs], size, weights)
         # A tap is consumed as soon as it exists, and its memory goes back.
         layers: list[Tensor] = []
         for a, b in self._streamed_taps(in0, in1, normalize):
-            layers += self._per_layer([a], [b], size, first=len(layers))
+            layers += self._per_layer([a], [b], size, weights, first=len(layers))
             del a, b
         return layers
 
@@ -385,21 +390,31 @@ class LPIPS(nn.Module):
                 yield _broadcast(*tap.split([len(in0), len(in1)]))
                 del tap
 
-    def _layers_of_features(self, features0: Features, features1: Features) -> list[Tensor]:
+    def _layers_of_features(
+        self, features0: Features, features1: Features, weights: Sequence[Tensor] | None
+    ) -> list[Tensor]:
         check_same_size(features0.image_size, features1.image_size)
         pairs = [_broadcast(a, b) for a, b in zip(features0.taps, features1.taps, strict=True)]
         taps0, taps1 = [a for a, _ in pairs], [b for _, b in pairs]
-        return self._per_layer(taps0, taps1, features0.image_size)
+        return self._per_layer(taps0, taps1, features0.image_size, weights)
 
-    def _channel_weights(self, like: Tensor) -> list[Tensor]:
+    def _lin_weights(self) -> list[Tensor] | None:
+        """The linear weights of every compared layer, None for the baseline."""
+        return [self._lin(k).weight for k in self.layers] if self.lpips else None
+
+    def _channel_weights(self, like: Tensor, weights: Sequence[Tensor] | None) -> list[Tensor]:
         """(C_l,) of every compared layer, as the operators take them beside features ``like``."""
         dtype = accumulator_dtype(like.dtype)
-        if not self.lpips:
+        if weights is None:
             return [like.new_ones(self.chns[k], dtype=dtype) for k in self.layers]
-        return [self._lin(k).weight.view(-1).to(dtype) for k in self.layers]
+        return [weight.view(-1).to(dtype) for weight in weights]
 
     def _layers_to_target(
-        self, image: Tensor | Features, target: Tensor | Features, normalize: bool
+        self,
+        image: Tensor | Features,
+        target: Tensor | Features,
+        normalize: bool,
+        weights: Sequence[Tensor] | None,
     ) -> list[Tensor]:
         """Every layer's distance of images that need a graph to a target that needs none."""
         x = self._batch([image], normalize) if isinstance(image, Tensor) else None
@@ -408,6 +423,7 @@ class LPIPS(nn.Module):
             return self._layers_of_features(
                 self._encode(image, normalize) if isinstance(image, Tensor) else image,
                 self._encoded_target(target, normalize),
+                weights,
             )
         assert isinstance(image, Tensor)
         blocks = self.net.slices()[: self.layers[-1] + 1]
@@ -415,15 +431,16 @@ class LPIPS(nn.Module):
         if is_small and isinstance(target, Tensor) and len(target) == len(x):
             with torch.no_grad():
                 together = [torch.cat((x, self._batch([target], normalize)))]
-            return self._slice_distances(x, _size(image), blocks, [together] * len(blocks))
+            targets = [together] * len(blocks)
+            return self._slice_distances(x, _size(image), blocks, targets, weights)
 
         target = self._encoded_target(target, normalize)
         if len(target) != len(x) or any(tap.dtype != x.dtype for tap in target.taps):
-            return self._layers_of_features(self._encode(image, normalize), target)
+            return self._layers_of_features(self._encode(image, normalize), target, weights)
         check_same_size(_size(image), target.image_size)
         taps = dict(zip(self.layers, target.taps))
         targets = [taps.get(k) for k in range(len(blocks))]
-        return self._slice_distances(x, _size(image), blocks, targets)
+        return self._slice_distances(x, _size(image), blocks, targets, weights)
 
     def _encoded_target(self, target: Tensor | Features, normalize: bool) -> Features:
         with torch.no_grad():
@@ -435,17 +452,18 @@ class LPIPS(nn.Module):
         size: tuple[int, int],
         blocks: Sequence[Slice],
         targets: Sequence[Tensor | list[Tensor] | None],
+        weights: Sequence[Tensor] | None,
     ) -> list[Tensor]:
         """Distances of scaled images, slice by slice; a slice without a target only runs."""
         layers = []
-        weights = iter(self._channel_weights(x))
+        channel_weights = iter(self._channel_weights(x, weights))
         keys = self.net.receptive_fields(x, len(blocks))
         for block, target, of_slice in zip(blocks, targets, keys):
             if target is None:
                 x = block(x, of_slice)
                 continue
             x, value = slice_distance.slice_distance(
-                block, x, target, next(weights), self.spatial, of_slice
+                block, x, target, next(channel_weights), self.spatial, of_slice
             )
             layers.append(upsample(value, size) if self.spatial else value.view(-1, 1, 1, 1))
         return layers
@@ -453,16 +471,64 @@ class LPIPS(nn.Module):
     def _layers(
         self, in0: Tensor | Features, in1: Tensor | Features, normalize: bool
     ) -> list[Tensor]:
+        weights = self._lin_weights()
+        images = [x for x in (in0, in1) if isinstance(x, Tensor) and x.requires_grad]
+        if not images or not self._scales_gradients(in0, in1):
+            return self._unscaled_layers(in0, in1, normalize, weights)
+        learning = [w for w in weights or () if w.requires_grad]
+        entered, token = gradient_scaling.enter([*images, *learning])
+        replaced = {id(old): new for old, new in zip([*images, *learning], entered)}
+        in0, in1 = (replaced.get(id(x), x) for x in (in0, in1))
+        if weights is not None:
+            weights = [replaced.get(id(w), w) for w in weights]
+        layers = self._unscaled_layers(in0, in1, normalize, weights)
+        size = _size(in0) if isinstance(in0, Tensor) else in0.image_size
+        shapes = tap_shapes(self.net.net_name, size)
+        positions = [float(shapes[k][1] * shapes[k][2]) for k in self.layers]
+        if self.spatial:
+            positions = [p / (size[0] * size[1]) for p in positions]
+        return gradient_scaling.leave(layers, token, positions)
+
+    def _scales_gradients(self, *arguments: Tensor | Features) -> bool:
+        """Whether gradients are scaled inside (:mod:`lpips_fast.gradient_scaling`).
+
+        Only where nobody else sees them: no features with a graph, no trunk that learns, no hooks.
+        """
+        if not torch.is_grad_enabled() or self.net.slices()[0][0].weight.dtype != torch.float16:
+            return False
+        if torch._C._are_functorch_transforms_active() or kernels.has_tangents():
+            return False
+        if any(isinstance(x, Features) and self._needs_graph(x) for x in arguments):
+            return False
+        if self._drops() and any(w.requires_grad for w in self._lin_weights() or ()):
+            return False
+        if any(p.requires_grad for p in self.net.parameters()):
+            return False
+        return not any(
+            module._forward_hooks
+            or module._forward_pre_hooks
+            or module._backward_hooks
+            or module._backward_pre_hooks
+            for module in self.net.modules()
+        )
+
+    def _unscaled_layers(
+        self,
+        in0: Tensor | Features,
+        in1: Tensor | Features,
+        normalize: bool,
+        weights: Sequence[Tensor] | None,
+    ) -> list[Tensor]:
         graphs = [self._needs_graph(x) for x in (in0, in1)]
         if isinstance(in0, Tensor) and isinstance(in1, Tensor):
             check_same_size(_size(in0), _size(in1))
             if graphs[0] == graphs[1]:
-                return self._layers_in_one_pass(in0, in1, normalize)
+                return self._layers_in_one_pass(in0, in1, normalize, weights)
         if graphs[0] != graphs[1]:
             image, target = (in0, in1) if graphs[0] else (in1, in0)
-            return self._layers_to_target(image, target, normalize)
+            return self._layers_to_target(image, target, normalize, weights)
         features = [self._encode(x, normalize) if isinstance(x, Tensor) else x for x in (in0, in1)]
-        return self._layers_of_features(*features)
+        return self._layers_of_features(features[0], features[1], weights)
 
     def _chunked_layers(
         self, in0: Tensor | Features, in1: Tensor | Features, normalize: bool

@@ -44,32 +44,37 @@ Tensor max_pool2d_backward(Tensor grad, Tensor x, Tensor y, int64_t kernel, int6
                            std::optional<Tensor> keys) {
   check_pool(x, kernel, stride);
   check_pool_gradient(grad, x, y);
-  STD_TORCH_CHECK(!keys || (keys->dim() == 3 && keys->is_contiguous() &&
+  STD_TORCH_CHECK(!keys || (keys->dim() == 4 && keys->is_contiguous() &&
                             keys->scalar_type() == torch::headeronly::ScalarType::Long &&
-                            keys->size(0) == x.size(0) && keys->size(1) == x.size(2) &&
-                            keys->size(2) == x.size(3)),
-                  "max_pool2d_backward takes contiguous int64 keys (N, H, W) of its images");
+                            keys->size(0) == x.size(0) && keys->size(1) > 0 &&
+                            x.size(1) % keys->size(1) == 0 && keys->size(2) == x.size(2) &&
+                            keys->size(3) == x.size(3)),
+                  "max_pool2d_backward takes contiguous int64 keys (N, groups, H, W) of its images");
   grad = channels_last(grad);
   x = channels_last(x);
   y = channels_last(y);
   const Tensor grad_x = empty_channels_last(x, x.size(2), x.size(3));
   const PoolShape shape = shape_of_pool(x, y, kernel, stride);
-  const auto* keys_of = keys ? static_cast<const int64_t*>(keys->const_data_ptr()) : nullptr;
-  const int64_t groups = (shape.channels + kChannelsPerTask - 1) / kChannelsPerTask;
+  const int64_t positions = shape.height * shape.width;
+  const int64_t groups = keys ? keys->size(1) : 1, per_group = shape.channels / groups;
+  const auto* all_keys = keys ? static_cast<const int64_t*>(keys->const_data_ptr()) : nullptr;
+  const int64_t tasks_per_group = (per_group + kChannelsPerTask - 1) / kChannelsPerTask;
   dispatch_feature_dtype(x.scalar_type(), [&](auto feature) {
     using feature_t = decltype(feature);
     // Windows overlap, so threads share out images and channels, never positions.
-    parallel_for(0, x.size(0) * groups, 1, [&](int64_t first, int64_t last) {
+    parallel_for(0, x.size(0) * groups * tasks_per_group, 1, [&](int64_t first, int64_t last) {
       for (int64_t task = first; task < last; ++task) {
-        const int64_t image = task / groups, begin = task % groups * kChannelsPerTask;
-        const int64_t in = image * shape.channels * shape.height * shape.width;
+        const int64_t image_and_group = task / tasks_per_group, image = image_and_group / groups;
+        const int64_t end = (image_and_group % groups + 1) * per_group;
+        const int64_t begin = end - per_group + task % tasks_per_group * kChannelsPerTask;
+        const int64_t in = image * shape.channels * positions;
         const int64_t out = image * shape.channels * shape.out_height * shape.out_width;
         max_pool_backward(static_cast<const feature_t*>(grad.const_data_ptr()) + out,
                           static_cast<const feature_t*>(x.const_data_ptr()) + in,
                           static_cast<const feature_t*>(y.const_data_ptr()) + out,
-                          keys_of == nullptr ? nullptr : keys_of + image * shape.height * shape.width,
+                          keys ? all_keys + image_and_group * positions : nullptr,
                           static_cast<feature_t*>(grad_x.mutable_data_ptr()) + in, shape, begin,
-                          std::min(begin + kChannelsPerTask, shape.channels));
+                          std::min(begin + kChannelsPerTask, end));
       }
     });
   });

@@ -3,6 +3,9 @@
 // any weights: the ties of flat, padded and periodic images, that rounding cannot be asked about.
 // Max-pooling's backward gives a window's gradient to the first of them (csrc/max_pool.h).
 //
+// The channels of SqueezeNet's fire module are of two groups, with a key each: a 1x1 convolution's,
+// which sees less, and a 3x3 one's.
+//
 // A key is a hash of 64 bits (polynomials with odd factors, and Murmur's finalizer between the
 // layers): two pictures have one key once in 2^64. A convolution's key is that of the keys under
 // its kernel, in their order, zeros around the image included; a pooling's that of the set of keys
@@ -13,6 +16,7 @@
 #include <algorithm>
 #include <cstdint>
 #include <cstring>
+#include <optional>
 #include <type_traits>
 #include <vector>
 
@@ -37,18 +41,20 @@ uint64_t mixed(uint64_t h) {
   return (h ^ h >> 33) * 0xc4ceb9fe1a85ec53;
 }
 
-// (N, H, W) of one layer.
+// (N, groups, H, W) of one layer; N is that of images times groups.
 struct Keys {
-  int64_t batch, height, width;
-  Tensor tensor = {};
+  int64_t batch = 0, height = 0, width = 0, groups = 1;
+  std::optional<Tensor> tensor = std::nullopt;
   uint64_t* data = nullptr;
 
-  Keys(int64_t batch, int64_t height, int64_t width)
+  Keys() = default;
+  Keys(int64_t batch, int64_t height, int64_t width, int64_t groups = 1)
       : batch(batch),
         height(height),
         width(width),
-        tensor(torch::stable::empty({batch, height, width}, ScalarType::Long)),
-        data(static_cast<uint64_t*>(tensor.mutable_data_ptr())) {}
+        groups(groups),
+        tensor(torch::stable::empty({batch / groups, groups, height, width}, ScalarType::Long)),
+        data(static_cast<uint64_t*>(tensor->mutable_data_ptr())) {}
 
   uint64_t* row(int64_t row_of_all) const { return data + row_of_all * width; }
 };
@@ -128,9 +134,10 @@ Keys convolved(const Keys& of, int64_t kernel, int64_t stride, int64_t padding, 
   return keys;
 }
 
+// A set's key: of the sum of its members', each counted once.
 Keys pooled(const Keys& of, int64_t kernel, int64_t stride, bool ceil_mode) {
   const Keys keys(of.batch, pooled_size(of.height, kernel, stride, ceil_mode),
-                  pooled_size(of.width, kernel, stride, ceil_mode));
+                  pooled_size(of.width, kernel, stride, ceil_mode), of.groups);
   for_all_rows(keys, kernel * kernel, [&](int64_t row) {
     const int64_t image = row / keys.height, top = row % keys.height * stride;
     std::vector<uint64_t> seen;
@@ -152,8 +159,38 @@ Keys pooled(const Keys& of, int64_t kernel, int64_t stride, bool ceil_mode) {
   return keys;
 }
 
-// The keys (N, H, W) that stand before every pooling. `layers` has four numbers for each: whether
-// it pools, kernel, stride, and padding or (of a pooling) ceil_mode. They end with a pooling.
+// Two batches of keys as the two groups of one.
+Keys side_by_side(const Keys& left, const Keys& right) {
+  const Keys keys(2 * left.batch, left.height, left.width, 2);
+  for_all_rows(left, 1, [&](int64_t row) {
+    const int64_t image = row / keys.height, y = row % keys.height;
+    std::copy_n(left.row(row), keys.width, keys.row(2 * image * keys.height + y));
+    std::copy_n(right.row(row), keys.width, keys.row((2 * image + 1) * keys.height + y));
+  });
+  return keys;
+}
+
+// One key for all groups, for a layer that sees all channels.
+Keys together(const Keys& of) {
+  if (of.groups == 1) return of;
+  const Keys keys(of.batch / of.groups, of.height, of.width);
+  for_all_rows(keys, of.groups, [&](int64_t row) {
+    const int64_t image = row / keys.height, y = row % keys.height;
+    for (int64_t w = 0; w < keys.width; ++w) {
+      uint64_t h = 0;
+      for (int64_t g = 0; g < of.groups; ++g)
+        h = h * kBetweenChannels + of.row((image * of.groups + g) * keys.height + y)[w];
+      keys.row(row)[w] = mixed(h);
+    }
+  });
+  return keys;
+}
+
+enum Layer : int64_t { kConvolution = 0, kPooling = 1, kFire = 2 };
+
+// The keys (N, groups, H, W) that stand before every pooling. `layers` has four numbers for each:
+// its kind, kernel, stride, and padding or (of a pooling) ceil_mode; of a fire module these are its
+// 3x3 convolution's. They end with a pooling.
 std::vector<Tensor> receptive_fields(Tensor x, std::vector<int64_t> layers) {
   STD_TORCH_CHECK(x.dim() == 4 && is_feature_dtype(x.scalar_type()),
                   "receptive_fields takes images (N, C, H, W) of float32, float64, float16 or "
@@ -162,7 +199,7 @@ std::vector<Tensor> receptive_fields(Tensor x, std::vector<int64_t> layers) {
   std::vector<Tensor> before_poolings;
   if (layers.empty()) return before_poolings;
   x = with_dense_channels(x);
-  Keys keys(0, 0, 0);
+  Keys keys;
   uint64_t outside = 0;
   dispatch_feature_dtype(x.scalar_type(), [&](auto feature) {
     using feature_t = decltype(feature);
@@ -171,17 +208,22 @@ std::vector<Tensor> receptive_fields(Tensor x, std::vector<int64_t> layers) {
     keys = keys_of_pixels<feature_t>(x);
   });
   for (size_t k = 0; k < layers.size(); k += 4) {
-    const int64_t kernel = layers[k + 1], stride = layers[k + 2], last = layers[k + 3];
+    const int64_t kind = layers[k], kernel = layers[k + 1], stride = layers[k + 2];
+    const int64_t last = layers[k + 3];
     STD_TORCH_CHECK(kernel >= 1 && stride >= 1 && last >= 0,
                     "receptive_fields: expected a kernel and a stride of at least 1");
-    if (layers[k]) {
-      before_poolings.push_back(keys.tensor);
+    if (kind == kPooling) {
+      before_poolings.push_back(*keys.tensor);
       if (k + 4 < layers.size()) keys = pooled(keys, kernel, stride, last != 0);
     } else {
       STD_TORCH_CHECK(keys.height + 2 * last >= kernel && keys.width + 2 * last >= kernel,
                       "receptive_fields: a layer's images are smaller than its kernel");
-      if (kernel > 1 || stride > 1 || last > 0)
+      keys = together(keys);
+      if (kind == kFire) {
+        keys = side_by_side(keys, convolved(keys, kernel, stride, last, outside));
+      } else if (kernel > 1 || stride > 1 || last > 0) {
         keys = convolved(keys, kernel, stride, last, outside);
+      }
     }
     outside = kOutside;
   }

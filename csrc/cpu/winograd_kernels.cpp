@@ -17,12 +17,9 @@ constexpr int kRows = 12;
 constexpr int kRows = 6;
 #endif
 
-// A sum along channels is one of such runs: rounding grows with the length of a chain. The products'
-// is by far the largest part of the error, 5 of 6 parts at 256 channels in a single chain.
-#ifndef LPIPS_RUN
-#define LPIPS_RUN 32
-#endif
-constexpr int64_t kRun = LPIPS_RUN;
+// A sum along channels is one of runs of so many, each a chain of its own: rounding grows with the
+// length of a chain, and the chains' is by far the largest part of the error.
+constexpr int64_t winograd_run(int64_t kernel) { return kernel == 3 ? 32 : 16; }
 
 // The points beside 0 and infinity are +-p for each p of a tile of n inputs, (n - 2) / 2 of them.
 // Their powers are exact.
@@ -132,12 +129,12 @@ void multiply_rows(std::integer_sequence<int, r...>, const float* rows, const fl
   (finish(right[r], product + r * product_stride + kLanes), ...);
 }
 
-// A group of rows, a run of the sum after the other.
+// A group of rows, a run of the sum, of at most `length` channels, after the other.
 template <int count>
 void multiply_group(const float* rows, const float* panel, float* product, int64_t depth,
-                    int64_t product_stride) {
+                    int64_t length, int64_t product_stride) {
   constexpr auto indices = std::make_integer_sequence<int, count>();
-  const int64_t runs = std::max<int64_t>(1, (depth + kRun - 1) / kRun);
+  const int64_t runs = (depth + length - 1) / length;
   multiply_rows<false>(indices, rows, panel, product, depth / runs, depth, product_stride);
   for (int64_t run = 1; run < runs; ++run) {
     const int64_t first = run * depth / runs, last = (run + 1) * depth / runs;
@@ -149,9 +146,10 @@ void multiply_group(const float* rows, const float* panel, float* product, int64
 // The rows left over, fewer than kRows.
 template <int... counts>
 void multiply_rest(std::integer_sequence<int, counts...>, int64_t count, const float* rows,
-                   const float* panel, float* product, int64_t depth, int64_t product_stride) {
+                   const float* panel, float* product, int64_t depth, int64_t length,
+                   int64_t product_stride) {
   ((count == counts + 1
-        ? multiply_group<counts + 1>(rows, panel, product, depth, product_stride)
+        ? multiply_group<counts + 1>(rows, panel, product, depth, length, product_stride)
         : void()),
    ...);
 }
@@ -262,13 +260,14 @@ void winograd_transform_input(const Positions<const scalar_t>& images, int64_t n
 }
 
 void winograd_multiply_panel(const float* rows, const float* panel, float* product, int64_t count,
-                             int64_t depth, int64_t product_stride) {
+                             int64_t depth, int64_t kernel, int64_t product_stride) {
+  const int64_t length = winograd_run(kernel);
   int64_t r = 0;
   for (; r + kRows <= count; r += kRows)
-    multiply_group<kRows>(rows + r * depth, panel, product + r * product_stride, depth,
+    multiply_group<kRows>(rows + r * depth, panel, product + r * product_stride, depth, length,
                           product_stride);
   multiply_rest(std::make_integer_sequence<int, kRows - 1>(), count - r, rows + r * depth, panel,
-                product + r * product_stride, depth, product_stride);
+                product + r * product_stride, depth, length, product_stride);
 }
 
 template <typename scalar_t>

@@ -7,6 +7,9 @@ from torch import Tensor
 
 from . import libraries  # noqa: F401  (its import registers the schemas)
 
+#: Kinds of layers, as the operator ``receptive_fields`` takes them.
+CONVOLUTION, POOLING, FIRE = 0, 1, 2
+
 
 @torch.library.register_fake("lpips_fast::max_pool2d")
 def _(x: Tensor, kernel: int, stride: int, ceil_mode: bool, keys: Tensor | None = None) -> Tensor:
@@ -54,15 +57,15 @@ def _receivers(x: Tensor, y: Tensor, kernel: int, stride: int, keys: Tensor | No
     )
     if keys is None:
         return index
-    wanted = keys.flatten(1).unsqueeze(1).expand(-1, x.shape[1], -1).gather(2, index.flatten(2))
-    wanted, found = wanted.view_as(index), index.clone()
+    of_channels = keys.repeat_interleave(x.shape[1] // keys.shape[1], 1).flatten(2)
+    wanted = of_channels.gather(2, index.flatten(2)).view_as(index)
+    found = index.clone()
     tops, lefts = (torch.arange(n).mul_(stride) for n in y.shape[2:])
     for k in reversed(range(kernel**2)):  # the first of the window is written last
         rows, columns = tops + k // kernel, lefts + k % kernel
         inside = (rows < height)[:, None] & (columns < width)
         at = rows.clamp(max=height - 1)[:, None] * width + columns.clamp(max=width - 1)
-        is_alike = (keys.flatten(1)[:, at][:, None] == wanted) & inside
-        found = torch.where(is_alike, at, found)
+        found = torch.where((of_channels[:, :, at] == wanted) & inside, at, found)
     return found
 
 
@@ -74,14 +77,16 @@ torch.library.register_autograd(
 
 @torch.library.register_fake("lpips_fast::receptive_fields")
 def _(x: Tensor, layers: list[int]) -> list[Tensor]:
-    before_poolings = []
+    before_poolings, groups = [], 1
     height, width = x.shape[2:]
-    for pools, kernel, stride, last in zip(*(layers[k::4] for k in range(4)), strict=True):
-        if pools:
-            before_poolings.append(x.new_empty((len(x), height, width), dtype=torch.int64))
+    for kind, kernel, stride, last in zip(*(layers[k::4] for k in range(4)), strict=True):
+        if kind == POOLING:
+            before_poolings.append(x.new_empty((len(x), groups, height, width), dtype=torch.int64))
+        else:
+            groups = 2 if kind == FIRE else 1
         height, width = (
             pooled_size(size, kernel, stride, bool(last))
-            if pools
+            if kind == POOLING
             else (size + 2 * last - kernel) // stride + 1
             for size in (height, width)
         )

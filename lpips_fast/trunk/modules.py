@@ -15,6 +15,7 @@ import torch.utils.checkpoint
 from torch import Tensor, nn
 
 from .. import kernels
+from ..kernels.max_pool import CONVOLUTION, FIRE, POOLING
 from .convolution import conv_relu, convolve, input_gradient, is_frozen_on_cpu
 from .fire import FireModule
 from .table import IMAGE_CHANNELS, TRUNKS, Conv, Fire, Layer, MaxPool, ReLU, trunk_spec
@@ -133,14 +134,15 @@ def _receptive_geometry(layer: nn.Module) -> list[int] | None:
     if type(layer) in (nn.ReLU, Slice):
         return []
     if type(layer) is MaxPool2d and not layer.padding and layer.dilation == 1:
-        return [1, int(layer.kernel_size), int(layer.stride), int(layer.ceil_mode)]
+        return [POOLING, int(layer.kernel_size), int(layer.stride), int(layer.ceil_mode)]
     if type(layer) is FireModule:  # its 1x1 convolutions see what they are given
-        inner = [_receptive_geometry(conv) for conv in layer.children()]
-        return inner[-1] if all(g is not None for g in inner) else None
+        squeeze, narrow, wide = (_receptive_geometry(conv) for conv in layer.children())
+        pointwise = [CONVOLUTION, 1, 1, 0]
+        return [FIRE, *wide[1:]] if squeeze == narrow == pointwise and wide else None
     if type(layer) is nn.Conv2d and layer.dilation == (1, 1):
         kernel, stride, padding = layer.kernel_size, layer.stride, layer.padding
         if kernel[0] == kernel[1] and stride[0] == stride[1] and padding[0] == padding[1]:
-            return [0, kernel[0], stride[0], int(padding[0])]
+            return [CONVOLUTION, kernel[0], stride[0], int(padding[0])]
     return None
 
 
@@ -235,7 +237,7 @@ class Trunk(nn.Module):
             slices: of how many, from the first on; ``None``: all.
 
         Returns:
-            For every slice, one tensor (N, H_l, W_l) of int64 keys for every pooling in it. Empty
+            For every slice, int64 keys (N, groups of channels, H_l, W_l) for every pooling in it. Empty
             where equal pictures need not give equal values, or nothing is known of them: where
             somebody hooks into the trunk or replaced a layer, on other devices than the CPU, and
             where there is no call to serve (see :func:`lpips_fast.kernels.is_eager`).
