@@ -17,8 +17,7 @@ STABLE_TORCH_LIBRARY(lpips_fast, m) {
       "tap_backward(Tensor grad, Tensor? deeper, Tensor feat0, Tensor feat1, Tensor weight, "
       "float eps, bool need_weight) -> Tensor[]");
   m.def("bias_relu_(Tensor(a!) y, Tensor bias) -> ()");  // CUDA alone: oneDNN fuses it on the CPU
-  m.def(
-      "max_pool2d(Tensor x, int kernel, int stride, bool ceil_mode, Tensor? keys=None) -> Tensor");
+  m.def("max_pool2d(Tensor x, int kernel, int stride, bool ceil_mode) -> Tensor");
   m.def(
       "max_pool2d_backward(Tensor grad, Tensor x, Tensor y, int kernel, int stride, "
       "Tensor? keys=None) -> Tensor");

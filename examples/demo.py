@@ -7,7 +7,6 @@ is nearer; people, and LPIPS, find the warp nearer. The maps show where.
 from __future__ import annotations
 
 import argparse
-import os
 from pathlib import Path
 
 import torch
@@ -31,10 +30,7 @@ def add_arguments(
 
 
 def find_trunk(net: str, weights: Path | None) -> bool:
-    """Whether real trunk weights can be had; where they cannot, it is told."""
-    beside = HERE.parents[1] / "shared" / "weights"
-    if weights is None and "LPIPS_FAST_WEIGHTS" not in os.environ and beside.is_dir():
-        os.environ["LPIPS_FAST_WEIGHTS"] = str(beside)
+    """Whether real trunk weights can be had, AlexNet's always; where they cannot, it is told."""
     try:
         lpips_fast.weights.load_trunk_weights(net, weights)
     except WeightsNotFoundError as error:

@@ -25,8 +25,8 @@ from torch import Tensor
 # Of the gradient to a distance, over the layer's positions. The largest gradient to a feature is
 # then at most 2^10 in photographs and flat images, and float16 ends at 2^16; between trunk and
 # images they span 2^-9 to 1 of it in the median (docs/numerics.md).
-_TARGET_EXPONENT = 10
-_LARGEST_EXPONENT = 96  # of the power; float32 ends at 127
+_TARGET = 2.0**10
+_SMALLEST = 2.0**-96  # number that is scaled so far: the power shall be a float32, too
 
 
 def enter(tensors: Sequence[Tensor]) -> tuple[list[Tensor], Tensor]:
@@ -86,9 +86,9 @@ class _Leave(torch.autograd.Function):
 
 
 def _power_of_two(largest: Sequence[Tensor]) -> Tensor:
-    """By which the largest number comes to 2 ** _TARGET_EXPONENT; 1 for zero, NaN and infinity."""
+    """By which the largest number comes to _TARGET or half of it; 1 for zero, NaN and infinity."""
     most = torch.stack(list(largest)).amax()
-    _, exponent = torch.frexp(most)
-    wanted = (_TARGET_EXPONENT - exponent).clamp(-_LARGEST_EXPONENT, _LARGEST_EXPONENT)
-    usable = torch.isfinite(most) & (most > 0)
-    return torch.ldexp(torch.ones_like(most), torch.where(usable, wanted, 0))
+    # The exponent alone: of infinity and NaN it is infinity, of zero and subnormal numbers zero.
+    below = (most.view(torch.int32) & 0x7F800000).view(torch.float32)
+    power = _TARGET / below.clamp(_SMALLEST, 1 / _SMALLEST)
+    return torch.where((below > 0) & torch.isfinite(below), power, 1)

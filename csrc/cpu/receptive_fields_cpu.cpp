@@ -23,13 +23,10 @@
 #include "../pool_shape.h"
 #include "channels_last_tensors.h"
 #include "dispatch.h"
+#include "parallel.h"
 
 namespace lpips_fast {
 namespace {
-
-using torch::headeronly::ScalarType;
-using torch::stable::parallel_for;
-using torch::stable::Tensor;
 
 constexpr int64_t kPositionsPerTask = 8 * 1024;
 constexpr uint64_t kAlongRows = 0x9e3779b97f4a7c15, kAlongColumns = 0xd6e8feb86659fd93;
@@ -53,7 +50,7 @@ struct Keys {
         height(height),
         width(width),
         groups(groups),
-        tensor(torch::stable::empty({batch / groups, groups, height, width}, ScalarType::Long)),
+        tensor(empty({batch / groups, groups, height, width}, ScalarType::Long, cpu())),
         data(static_cast<uint64_t*>(tensor->mutable_data_ptr())) {}
 
   uint64_t* row(int64_t row_of_all) const { return data + row_of_all * width; }
@@ -141,7 +138,6 @@ Keys pooled(const Keys& of, int64_t kernel, int64_t stride, bool ceil_mode) {
   for_all_rows(keys, kernel * kernel, [&](int64_t row) {
     const int64_t image = row / keys.height, top = row % keys.height * stride;
     std::vector<uint64_t> seen;
-    seen.reserve(kernel * kernel);
     for (int64_t w = 0; w < keys.width; ++w) {
       seen.clear();
       uint64_t h = 0;
@@ -192,10 +188,10 @@ enum Layer : int64_t { kConvolution = 0, kPooling = 1, kFire = 2 };
 // its kind, kernel, stride, and padding or (of a pooling) ceil_mode; of a fire module these are its
 // 3x3 convolution's. They end with a pooling.
 std::vector<Tensor> receptive_fields(Tensor x, std::vector<int64_t> layers) {
-  STD_TORCH_CHECK(x.dim() == 4 && is_feature_dtype(x.scalar_type()),
-                  "receptive_fields takes images (N, C, H, W) of float32, float64, float16 or "
-                  "bfloat16");
-  STD_TORCH_CHECK(layers.size() % 4 == 0, "receptive_fields takes four numbers a layer");
+  Operands(Backend::kCPU).check("x", x);
+  check_images("receptive_fields", x);
+  LPIPS_FAST_CHECK(layers.size() % 4 == 0, "receptive_fields takes four numbers a layer, got ",
+                   layers.size(), " in all");
   std::vector<Tensor> before_poolings;
   if (layers.empty()) return before_poolings;
   x = with_dense_channels(x);
@@ -210,14 +206,19 @@ std::vector<Tensor> receptive_fields(Tensor x, std::vector<int64_t> layers) {
   for (size_t k = 0; k < layers.size(); k += 4) {
     const int64_t kind = layers[k], kernel = layers[k + 1], stride = layers[k + 2];
     const int64_t last = layers[k + 3];
-    STD_TORCH_CHECK(kernel >= 1 && stride >= 1 && last >= 0,
-                    "receptive_fields: expected a kernel and a stride of at least 1");
+    LPIPS_FAST_CHECK(kind >= kConvolution && kind <= kFire, "receptive_fields knows the kinds ",
+                     "of layers 0, 1 and 2, got ", kind);
+    check_parameter("kernel", kernel, 1);
+    check_parameter("stride", stride, 1);
+    check_parameter("padding", last, 0);
+    const int64_t border = kind == kPooling ? kernel : 2 * last;  // windows may hang over
+    LPIPS_FAST_CHECK(keys.height + border >= kernel && keys.width + border >= kernel,
+                     "receptive_fields: images of ", keys.height, "x", keys.width,
+                     " are smaller than a layer's kernel of ", kernel, "x", kernel);
     if (kind == kPooling) {
       before_poolings.push_back(*keys.tensor);
       if (k + 4 < layers.size()) keys = pooled(keys, kernel, stride, last != 0);
     } else {
-      STD_TORCH_CHECK(keys.height + 2 * last >= kernel && keys.width + 2 * last >= kernel,
-                      "receptive_fields: a layer's images are smaller than its kernel");
       keys = together(keys);
       if (kind == kFire) {
         keys = side_by_side(keys, convolved(keys, kernel, stride, last, outside));

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from ..calls import lins_are_linear
 from ..features import Features
 from ..normalization import NORMALIZATIONS, check_normalization
 from ..trunk.table import trunk_spec
@@ -64,15 +65,16 @@ def layer_names(model: LPIPS) -> tuple[str, ...]:
     >>> layer_names(lpips_fast.LPIPS(pnet_rand=True, verbose=False))
     ('relu1', 'relu2', 'relu3', 'relu4', 'relu5')
     """
-    names = tuple(trunk_spec(model.net.net_name).taps)
+    names = tuple(trunk_spec(model.net_name).taps)
     return tuple(names[layer] for layer in model.layers)
 
 
 def _like(model: LPIPS, **changes: Any) -> LPIPS:
     """A model of the same modules that answers with one number a pair, with further changes."""
-    if model._drops():
+    if not lins_are_linear(model):
         raise ValueError(
-            "the model is in training mode and drops channels at random; call model.eval() first"
+            "the model's linear layers do more than weigh channels (see model.fast_path()); in "
+            "training mode they drop channels at random: call model.eval() first"
         )
     like = copy.copy(model)  # its modules and parameters are the same objects
     for name, value in {"spatial": False, "reduction": "none", **changes}.items():
@@ -464,7 +466,7 @@ def channel_importance(model: LPIPS, top: int = 8) -> ChannelImportance:
         raise ValueError(f"top is {top}, expected at least 1")
     names = layer_names(model)
     weights = [
-        model._lin(k).weight.flatten().double().cpu()
+        model.layer_weight(k).double().cpu()
         if model.lpips
         else torch.ones(model.chns[k], dtype=torch.float64)
         for k in model.layers

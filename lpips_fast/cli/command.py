@@ -64,7 +64,7 @@ def sentence(error: Exception) -> str:
     if isinstance(error, OSError) and error.strerror and error.filename is not None:
         return f"{error.filename}: {error.strerror}"
     if isinstance(error, WeightsError):
-        return str(error)  # lists the ways to supply them, one a line
+        return error.command_line  # lists the ways to supply them, one a line
     # Torch's messages go on for paragraphs; the first says what happened.
     text = " ".join(str(error).strip().split("\n\n")[0].split())
     if isinstance(error, (CommandError, ValueError, RuntimeError, OSError, ImportError)) and text:

@@ -13,7 +13,7 @@ import torch
 from ..judgements.datasets import JNDDataset, TwoAFCDataset
 from ..judgements.scoring import evaluate_2afc, evaluate_jnd
 from ..version import __version__
-from ..weights import read_state_dict
+from ..weights import lpips_state_dict, read_state_dict
 from .command import Command, CommandError, add_json_argument, print_to
 from .device import to_device
 from .judgement_data import add_judgement_arguments
@@ -95,7 +95,7 @@ def _load_checkpoint(options: argparse.Namespace) -> LPIPS:
             name = flag.replace("_", "-")
             raise CommandError(f"--checkpoint and --{name} exclude each other: leave one out")
     checkpoint = read_state_dict(options.checkpoint)
-    keys = [str(key).removeprefix("module.") for key in checkpoint]
+    keys = lpips_state_dict(checkpoint, options.net, options.checkpoint).keys()
     holds_trunk = any(key.startswith("net.") for key in keys)
     if holds_trunk and options.weights:
         raise CommandError(f"{options.checkpoint} holds a trunk of its own: leave out --weights")

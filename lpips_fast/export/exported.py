@@ -41,7 +41,7 @@ class Exported:
 
 
 def load_exported(path: str | os.PathLike[str], threads: int | None = None) -> Exported:
-    """Loads a file that :mod:`lpips_fast.export` or :mod:`lpips_fast.quantization` wrote.
+    """Loads a file that :mod:`lpips_fast.export` or :mod:`.quantization` wrote.
 
     Args:
         path: of the file; its suffix says the format.
@@ -208,7 +208,7 @@ def check_exported(
 def _check_origin(model: LPIPS, exported: Exported) -> None:
     record = exported.record
     theirs = (record.net, record.version, record.lpips, record.spatial, record.normalization)
-    ours = (model.net.net_name, model.version, model.lpips, model.spatial, model.normalization)
+    ours = (model.net_name, model.version, model.lpips, model.spatial, model.normalization)
     names = ("net", "version", "lpips", "spatial", "normalization", "layers")
     for name, a, b in zip(names, (*theirs, record.layers), (*ours, model.layers)):
         if a != b:

@@ -15,7 +15,6 @@ from torch import Tensor, nn
 from .. import functional
 from ..lpips import LPIPS, upsample
 from ..trunk.fire import FireModule
-from ..trunk.modules import Slice
 from ..trunk.table import tap_shapes
 
 
@@ -76,9 +75,7 @@ class PortableLPIPS(nn.Module):
             _plain_slice(block) for block in model.net.slices()[: self.layers[-1] + 1]
         )
         for k in self.layers:
-            weight = torch.ones(model.chns[k])
-            if model.lpips:
-                weight = model._lin(k).weight.detach().cpu().flatten().clone()
+            weight = model.layer_weight(k).detach().cpu().clone()
             self.register_buffer(f"weight{k}", weight)
         self.requires_grad_(False)
         self.eval()
@@ -152,8 +149,8 @@ class _PaddedMaxPool(nn.Module):
         return F.max_pool2d(x, self.kernel, self.stride)
 
 
-def _plain_slice(block: Slice) -> nn.Sequential:
-    return nn.Sequential(*(_plain_layer(layer) for layer in block))
+def _plain_slice(block: nn.Module) -> nn.Sequential:
+    return nn.Sequential(*(_plain_layer(layer) for layer in block.children()))
 
 
 def _plain_layer(layer: nn.Module) -> nn.Module:
@@ -208,8 +205,6 @@ def smallest_dynamic_size(model: LPIPS) -> int:
     """
     size = model.minimum_size
     last = model.layers[-1]
-    while any(
-        min(h, w) < 2 for _, h, w in tap_shapes(model.net.net_name, (size, size))[: last + 1]
-    ):
+    while any(min(h, w) < 2 for _, h, w in tap_shapes(model.net_name, (size, size))[: last + 1]):
         size += 1
     return size

@@ -134,7 +134,7 @@ class Evaluation:
         self.preprocessing = preprocessing or Preprocessing()
         self.batch = batch
         self.workers = workers or default_workers()
-        bytes_per_pixel = max(_BYTES_PER_PIXEL.get(m.net.net_name, 1050) for m in self.models)
+        bytes_per_pixel = max(_BYTES_PER_PIXEL.get(m.net_name, 1050) for m in self.models)
         # One at a time on a GPU: it runs one after the other anyway, and memory is scarcer.
         pixels = 0 if self.device.type != "cpu" else _physical_memory() // 2 // bytes_per_pixel
         self._room = _Room(pixels)

@@ -5,26 +5,36 @@ them; then one file an operator family holds its fake kernel and its derivative.
 tensors, never a network. Importing this package makes ``torch.ops.lpips_fast`` usable.
 """
 
-from . import convolution, distance, fire, max_pool, scale_images
+from . import convolution, distance, fire, max_pool, receptive_fields, scale_images
 from .dispatch import (
+    autocast_dtype,
     has_kernel,
+    has_operators,
     has_tangents,
     has_trunk_kernels,
     has_wide_vectors,
+    is_compiling,
     is_eager,
+    is_out_of_memory,
 )
-from .libraries import LOADED_LIBRARIES
+from .libraries import LOADED_LIBRARIES, WeightWatch
 
 __all__ = [
     "LOADED_LIBRARIES",
+    "WeightWatch",
+    "autocast_dtype",
     "convolution",
     "distance",
     "fire",
     "has_kernel",
+    "has_operators",
     "has_tangents",
     "has_trunk_kernels",
     "has_wide_vectors",
+    "is_compiling",
     "is_eager",
+    "is_out_of_memory",
     "max_pool",
+    "receptive_fields",
     "scale_images",
 ]

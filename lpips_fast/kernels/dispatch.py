@@ -31,6 +31,13 @@ def has_wide_vectors() -> bool:
     return LOADED_LIBRARIES[0] != "_cpu_default"
 
 
+def autocast_dtype(device: torch.device) -> torch.dtype | None:
+    """The dtype that autocast convolves in on a device, or None where it is not active."""
+    if device.type == "meta" or not torch.is_autocast_enabled(device.type):
+        return None
+    return torch.get_autocast_dtype(device.type)
+
+
 def is_eager() -> bool:
     """Whether a call is just run, not compiled, exported, traced or transformed.
 
@@ -48,3 +55,29 @@ def is_eager() -> bool:
 def has_tangents() -> bool:
     """Whether derivatives are carried forward: our operators know backward alone."""
     return torch.autograd.forward_ad._current_level >= 0
+
+
+def is_compiling() -> bool:
+    """Whether torch.compile records the call, for here: our operators stand in what it makes."""
+    return torch.compiler.is_compiling() and has_operators()
+
+
+def has_operators() -> bool:
+    """Whether operators of ours may stand in what is run: eagerly, or compiled for here.
+
+    Programs that are exported or traced go elsewhere, and function transforms need derivatives and
+    batching of every operator: both get torch's own.
+    """
+    return not (
+        torch.compiler.is_exporting()
+        or torch.jit.is_tracing()
+        or torch._C._are_functorch_transforms_active()
+        or has_tangents()
+    )
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether memory ran out: ``torch.OutOfMemoryError``, or on the CPU what has no class there."""
+    return isinstance(error, torch.OutOfMemoryError) or (
+        isinstance(error, RuntimeError) and "DefaultCPUAllocator: can't allocate" in str(error)
+    )

@@ -45,3 +45,5 @@ def _load() -> list[str]:
 
 
 LOADED_LIBRARIES = _load()
+
+from ._C import WeightWatch as WeightWatch  # noqa: E402  (only after what says that it is missing)

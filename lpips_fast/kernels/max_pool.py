@@ -5,19 +5,16 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from . import libraries  # noqa: F401  (its import registers the schemas)
-
-#: Kinds of layers, as the operator ``receptive_fields`` takes them.
-CONVOLUTION, POOLING, FIRE = 0, 1, 2
+from .registration import fake_kernel
 
 
-@torch.library.register_fake("lpips_fast::max_pool2d")
-def _(x: Tensor, kernel: int, stride: int, ceil_mode: bool, keys: Tensor | None = None) -> Tensor:
+@fake_kernel("max_pool2d")
+def _(x: Tensor, kernel: int, stride: int, ceil_mode: bool) -> Tensor:
     y = torch.nn.functional.max_pool2d(x, kernel, stride, ceil_mode=ceil_mode)
     return torch.empty_like(y, memory_format=torch.channels_last)
 
 
-@torch.library.register_fake("lpips_fast::max_pool2d_backward")
+@fake_kernel("max_pool2d_backward")
 def _(
     grad: Tensor, x: Tensor, y: Tensor, kernel: int, stride: int, keys: Tensor | None = None
 ) -> Tensor:
@@ -25,14 +22,14 @@ def _(
 
 
 def _save_pool(ctx, inputs, output) -> None:
-    x, ctx.kernel, ctx.stride, _, keys = inputs
-    ctx.save_for_backward(x, output, keys)
+    x, ctx.kernel, ctx.stride, _ = inputs
+    ctx.save_for_backward(x, output)
 
 
 def _pool_backward(ctx, grad):
-    x, y, keys = ctx.saved_tensors
+    x, y = ctx.saved_tensors
     operator = torch.ops.lpips_fast.max_pool2d_backward
-    return operator(grad, x, y, ctx.kernel, ctx.stride, keys), None, None, None, None
+    return operator(grad, x, y, ctx.kernel, ctx.stride), None, None, None
 
 
 def _save_pool_backward(ctx, inputs, output) -> None:
@@ -73,28 +70,3 @@ torch.library.register_autograd("lpips_fast::max_pool2d", _pool_backward, setup_
 torch.library.register_autograd(
     "lpips_fast::max_pool2d_backward", _pool_double_backward, setup_context=_save_pool_backward
 )
-
-
-@torch.library.register_fake("lpips_fast::receptive_fields")
-def _(x: Tensor, layers: list[int]) -> list[Tensor]:
-    before_poolings, groups = [], 1
-    height, width = x.shape[2:]
-    for kind, kernel, stride, last in zip(*(layers[k::4] for k in range(4)), strict=True):
-        if kind == POOLING:
-            before_poolings.append(x.new_empty((len(x), groups, height, width), dtype=torch.int64))
-        else:
-            groups = 2 if kind == FIRE else 1
-        height, width = (
-            pooled_size(size, kernel, stride, bool(last))
-            if kind == POOLING
-            else (size + 2 * last - kernel) // stride + 1
-            for size in (height, width)
-        )
-    return before_poolings
-
-
-def pooled_size(size: int, kernel: int, stride: int, ceil_mode: bool) -> int:
-    """Windows along an axis, as torch counts them (``csrc/pool_shape.h``)."""
-    out = (size - kernel + (stride - 1 if ceil_mode else 0)) // stride + 1
-    # A window may hang over the edge, but not start beyond it.
-    return out - 1 if ceil_mode and (out - 1) * stride >= size else out

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
+from ..calls import lins_are_linear
 from ..composed import EPS, accumulator_dtype
 from ..trunk.table import Conv, Fire, Layer, output_size, trunk_spec
 from .sources import Images, ImageSource, as_index
@@ -64,7 +65,7 @@ def embed(
     """
     source = ImageSource("x", x, model, normalize)
     chosen = _chosen(model, layers)
-    sizes = [tap_sizes(model.net.net_name, source.size)[layer] for layer in chosen]
+    sizes = [tap_sizes(model.net_name, source.size)[layer] for layer in chosen]
     ends = [sum(sizes[: k + 1]) for k in range(len(sizes))]
     vectors = torch.empty(len(source), ends[-1], dtype=dtype or source.dtype, device=source.device)
     with torch.no_grad():
@@ -90,7 +91,7 @@ def embedding_size(
     >>> embedding_size(model, (256, 256)), embedding_size(model, (256, 256), layers=[3, 4])
     (640128, 115200)
     """
-    sizes = tap_sizes(model.net.net_name, image_size)
+    sizes = tap_sizes(model.net_name, image_size)
     return sum(sizes[layer] for layer in _chosen(model, layers))
 
 
@@ -120,11 +121,12 @@ def euclidean_weights(model: LPIPS) -> list[Tensor] | None:
         )
     if not model.lpips:
         return None
-    if model._drops():
+    if not lins_are_linear(model):
         raise ValueError(
-            "the model is in training mode and drops channels at random; call model.eval() first"
+            "the model's linear layers do more than weigh channels (see model.fast_path()); in "
+            "training mode they drop channels at random: call model.eval() first"
         )
-    weights = [model._lin(layer).weight.detach().flatten() for layer in model.layers]
+    weights = [model.layer_weight(layer).detach() for layer in model.layers]
     for layer, weight in zip(model.layers, weights):
         if not bool((weight >= 0).all()):
             raise ValueError(

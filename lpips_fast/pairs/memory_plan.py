@@ -1,6 +1,6 @@
 """What all pairs of many images cost: what is held in memory, recomputed, and spilled.
 
-phi (:mod:`lpips_fast.embedding`) has as many floats as all taps together. At 256x256 pixels:
+phi (:mod:`.embedding`) has as many floats as all taps together. At 256x256 pixels:
 
 =======  ========================  =========  ============
 net      floats an image           64 images  2,000 images
@@ -160,9 +160,9 @@ def make_plan(
             f"pixels on either side, got {images} images of {image_size[0]}x{image_size[1]}"
             + ("" if others is None else f" and {others} others")
         )
-    sizes = tap_sizes(model.net.net_name, image_size)
+    sizes = tap_sizes(model.net_name, image_size)
     layers = [sizes[layer] for layer in model.layers]
-    live = _elements_alive(model.net.net_name, image_size, model.layers[-1])
+    live = _elements_alive(model.net_name, image_size, model.layers[-1])
     floats = sum(layers)
     item = dtype.itemsize
     trunk_item = (model.dtype or dtype).itemsize
@@ -201,7 +201,7 @@ def make_plan(
             trunk_passes, holds_others, rows = swapped, True, others
     held = min(held, rows)
     return Plan(
-        net=model.net.net_name,
+        net=model.net_name,
         image_size=image_size,
         images=images,
         others=others,

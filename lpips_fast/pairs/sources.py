@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from ..calls import prepare_call
 from ..composed import accumulator_dtype
 from ..features import Features
 from ..inputs import check_features
@@ -62,7 +63,7 @@ class ImageSource:
             check_features(
                 name,
                 images,
-                net=model.net.net_name,
+                net=model.net_name,
                 layers=model.layers,
                 channels=model.chns,
                 device=None,  # they are moved as they are read
@@ -127,7 +128,8 @@ class ImageSource:
         if isinstance(self.images, Features):
             yield from (tap[as_index(positions)].to(self.device) for tap in self.images.taps)
         else:
-            yield from self.model._taps(self._batch(positions), self.normalize)
+            images = self._batch(positions)
+            yield from prepare_call(self.model, images, self.normalize).taps(images)
 
     def part(self, positions: range) -> ImageSource:
         """A run of the images, as a source of its own; errors keep the positions in the whole."""

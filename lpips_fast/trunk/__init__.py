@@ -1,10 +1,11 @@
 """The convolutional networks whose features are compared, and the fastest way to run them.
 
-:mod:`.table` has them as data; :mod:`.modules` makes modules of the table; :mod:`.convolution`,
-:mod:`.cuda_convolution` and :mod:`.fire` run their layers. A trunk knows layers, never a distance.
+:mod:`.table` has them as data and :mod:`.modules` as modules. :mod:`.legality` says which slices
+may run by hand, and :mod:`.slices` runs them, by :mod:`.convolution`, :mod:`.cuda_convolution` and
+:mod:`.fire`, with weights that :mod:`.packing` keeps packed. A trunk knows layers, no distance.
 """
 
-from .modules import MaxPool2d, Slice, Trunk
+from .modules import Trunk
 from .table import (
     TRUNKS,
     Conv,
@@ -27,9 +28,7 @@ __all__ = [
     "Fire",
     "Layer",
     "MaxPool",
-    "MaxPool2d",
     "ReLU",
-    "Slice",
     "Trunk",
     "TrunkSpec",
     "check_layers",

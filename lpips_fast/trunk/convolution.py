@@ -1,6 +1,4 @@
-"""Convolution, bias and ReLU as one call, the fastest way there is.
-
-On the CPU, for weights that are frozen:
+"""A frozen convolution with its bias and ReLU on the CPU, and its gradient, as fast as there is.
 
 - Winograd's algorithm (``csrc/cpu/winograd_kernels.h``) for 3x3 and 5x5 convolutions, and for
   AlexNet's first, which is a 3x3 one over blocks of 4x4 positions: it multiplies a quarter to a
@@ -11,26 +9,44 @@ On the CPU, for weights that are frozen:
 - Our own direct sum (``csrc/cpu/direct_kernels.h``) for 3x3 convolutions of the images themselves.
 - oneDNN for the rest: it adds the bias and applies the ReLU while a result is in registers, and
   takes weights that were reordered into its own blocked layout once instead of at every call: at
-  small images the reordering costs more than the convolution. Weights that learn go there too.
+  small images the reordering costs more than the convolution.
 
-On CUDA it is cuDNN's fused call (:mod:`lpips_fast.cuda_convolution`). Elsewhere, and while
-torch.compile traces (its own compiler fuses and packs), it is torch's convolution followed by an
-in-place ReLU.
+On CUDA it is cuDNN's fused call (:mod:`lpips_fast.trunk.cuda_convolution`).
 """
 
 from __future__ import annotations
 
 import os
-import weakref
-from collections.abc import Callable
-from typing import Any
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 
 from .. import kernels
-from ..trunk import cuda_convolution
+from .packing import PackedWeight
+
+
+class Convolution(NamedTuple):
+    """A convolution behind which a ReLU follows. Kernel, stride and padding are squares."""
+
+    weight: Tensor  # (O, I, k, k), frozen
+    bias: Tensor  # (O,)
+    stride: int
+    padding: int
+    packed: PackedWeight
+
+    @property
+    def kernel(self) -> int:
+        return self.weight.shape[-1]
+
+    @property
+    def in_channels(self) -> int:
+        return self.weight.shape[1]
+
+    @property
+    def out_channels(self) -> int:
+        return self.weight.shape[0]
 
 
 def _half_dtypes_without_amx() -> set[torch.dtype]:
@@ -49,92 +65,7 @@ _WINOGRAD_DTYPES = {torch.float32} | _half_dtypes_without_amx()
 _WINOGRAD = kernels.has_wide_vectors() and os.environ.get("LPIPS_FAST_WINOGRAD", "1") != "0"
 
 
-def conv_relu(conv: nn.Conv2d, x: Tensor, keep_nan: bool = False) -> Tensor:
-    """``relu(conv(x))`` for a channels-last batch of images.
-
-    Args:
-        conv: a convolution with a bias.
-        keep_nan: let NaN through, as torch's ReLU does; oneDNN's own turns NaN into 0.
-    """
-    dtype = _cpu_dtype(conv, x)
-    if dtype is None:
-        y = cuda_convolution.conv_relu(conv, x, keep_nan)
-        return conv(x).relu_() if y is None else y
-    x = x.to(dtype)
-    weight, bias = conv.weight, conv.bias
-    assert bias is not None
-    if torch.is_grad_enabled() and any(t.requires_grad for t in (x, weight, bias)):
-        return _ConvReLU.apply(x, weight.to(dtype), bias.to(dtype), conv, keep_nan)
-    return convolve(conv, x, keep_nan)
-
-
-def is_frozen_on_cpu(conv: nn.Conv2d, x: Tensor) -> bool:
-    """Whether :func:`convolve` and :func:`input_gradient` take the images ``x``."""
-    # In this order: a compiler that traces does not get to see the weights.
-    return _cpu_dtype(conv, x) == x.dtype and is_frozen(conv)
-
-
-def _cpu_dtype(conv: nn.Conv2d, x: Tensor) -> torch.dtype | None:
-    """The dtype to convolve in on the CPU, or None where torch's own convolution does it."""
-    if not kernels.is_eager() or x.device.type != "cpu" or x.numel() == 0:
-        return None
-    if not torch.backends.mkldnn.is_available() or type(x) is not Tensor:
-        return None
-    if torch.is_autocast_enabled("cpu"):
-        dtype = torch.get_autocast_dtype("cpu")
-    elif conv.weight.dtype == x.dtype:
-        dtype = x.dtype
-    else:
-        return None  # torch's own error says it best
-    if dtype == torch.bfloat16:
-        return dtype if torch.ops.mkldnn._is_mkldnn_bf16_supported() else None
-    if dtype == torch.float16:
-        return dtype if torch.ops.mkldnn._is_mkldnn_fp16_supported() else None
-    return dtype if dtype == torch.float32 else None
-
-
-# Packed weights by convolution, purpose and dtype, with what they were packed from: a weight that
-# was since written to, moved or replaced is packed anew. The weight of then is kept, lest its
-# memory, and so its address, become another's. What is written through ``weight.data`` nobody sees.
-# Kept outside the modules, since packed tensors can neither be copied nor pickled.
-_PACKED: weakref.WeakKeyDictionary[
-    nn.Conv2d, dict[tuple[str, torch.dtype], tuple[int, Tensor, Tensor]]
-] = weakref.WeakKeyDictionary()
-
-
-def is_frozen(conv: nn.Conv2d) -> bool:
-    """Whether packing pays: not for a weight that changes all the time or cannot tell when."""
-    return not conv.weight.requires_grad and not conv.weight.is_inference()
-
-
-def packed_weight(
-    conv: nn.Conv2d, purpose: str, dtype: torch.dtype, pack: Callable[[], Tensor]
-) -> Tensor:
-    """What ``pack`` makes of the convolution's weight, made once for a purpose and a dtype."""
-    weight = conv.weight
-    packed_for = _PACKED.setdefault(conv, {})
-    found = packed_for.get((purpose, dtype))
-    if found is not None:
-        version, origin, packed = found
-        if version == weight._version and origin.data_ptr() == weight.data_ptr():
-            return packed
-    packed = pack()
-    packed_for[purpose, dtype] = (weight._version, weight.detach(), packed)
-    return packed
-
-
-def _pack(weight: Tensor, padding: Any, stride: Any, images: torch.Size) -> Tensor:
-    return torch.ops.mkldnn._reorder_convolution_weight(
-        weight, padding, stride, [1, 1], 1, list(images)
-    )
-
-
-def _geometry(conv: nn.Conv2d) -> tuple[int, int, int]:
-    """Kernel, stride and padding: all squares."""
-    return int(conv.kernel_size[0]), int(conv.stride[0]), int(conv.padding[0])
-
-
-def uses_winograd(conv: nn.Conv2d, channels: int, grid: torch.Size, dtype: torch.dtype) -> bool:
+def uses_winograd(conv: Convolution, channels: int, grid: torch.Size, dtype: torch.dtype) -> bool:
     """Whether Winograd's algorithm convolves, forward or for the gradient.
 
     It does not depend on the batch, so that an image has the same bits in any.
@@ -143,70 +74,62 @@ def uses_winograd(conv: nn.Conv2d, channels: int, grid: torch.Size, dtype: torch
         channels: summed over at every position.
         grid: height and width of the convolution's results.
     """
-    kernel, stride, _ = _geometry(conv)
     if dtype != torch.float32:  # oneDNN multiplies twice as fast, so that more must be saved
-        channels = min(conv.in_channels * stride**2, conv.out_channels) // 2
+        channels = min(conv.in_channels * conv.stride**2, conv.out_channels) // 2
     return (
         _WINOGRAD
         and dtype in _WINOGRAD_DTYPES
-        and -(-kernel // stride) in (3, 5)
+        and -(-conv.kernel // conv.stride) in (3, 5)
         and channels >= _WINOGRAD_CHANNELS
         and grid[0] * grid[1] >= _WINOGRAD_POSITIONS
-        and is_frozen(conv)
     )
 
 
-def _is_direct(conv: nn.Conv2d, dtype: torch.dtype) -> bool:
+def _is_direct(conv: Convolution, dtype: torch.dtype) -> bool:
     """Whether our own direct sum convolves: the images themselves, 3x3."""
     return (
         kernels.has_wide_vectors()
         and dtype == torch.float32
         and conv.in_channels <= 4
-        and conv.kernel_size == (3, 3)
-        and is_frozen(conv)
+        and conv.kernel == 3
     )
 
 
-def convolve(conv: nn.Conv2d, x: Tensor, keep_nan: bool = False) -> Tensor:
-    """:func:`conv_relu` on the CPU, without a graph."""
-    with torch.no_grad():
-        weight, bias = conv.weight, conv.bias
-        assert bias is not None
-        kernel, stride, padding = _geometry(conv)
-        grid = torch.Size((size + 2 * padding - kernel) // stride + 1 for size in x.shape[2:])
-        if uses_winograd(conv, conv.in_channels * stride**2, grid, x.dtype):
-            packed = packed_kernel(conv, winograd=True)
-            return torch.ops.lpips_fast.winograd_conv2d(
-                x, packed, bias.float(), True, None, conv.out_channels, kernel, stride, padding
-            )
-        if _is_direct(conv, x.dtype):
-            packed = packed_kernel(conv, winograd=False)
-            return torch.ops.lpips_fast.direct_conv2d(
-                x, packed, bias.to(x.dtype), True, conv.out_channels, kernel, stride, padding
-            )
-        if is_frozen(conv):
-            weight = packed_weight(
-                conv,
-                "forward",
-                x.dtype,
-                lambda: _pack(weight.to(x.dtype), conv.padding, conv.stride, x.shape),
-            )
-        else:
-            weight = weight.to(x.dtype)
-        bias = bias.to(x.dtype)
-        y = torch.ops.mkldnn._convolution_pointwise(
-            x,
-            weight,
-            bias,
-            conv.padding,
-            conv.stride,
-            conv.dilation,
-            conv.groups,
-            "none" if keep_nan else "relu",
-            [],
-            "",
+def convolve(conv: Convolution, x: Tensor, keep_nan: bool = False) -> Tensor:
+    """``relu(conv(x))`` for a channels-last batch of images, without a graph.
+
+    Args:
+        keep_nan: let NaN through, as torch's ReLU does; oneDNN's own turns NaN into 0.
+    """
+    kernel, stride, padding = conv.kernel, conv.stride, conv.padding
+    grid = torch.Size((size + 2 * padding - kernel) // stride + 1 for size in x.shape[2:])
+    if uses_winograd(conv, conv.in_channels * stride**2, grid, x.dtype):
+        packed, bias = packed_kernel(conv, winograd=True), conv.bias.float()
+        return torch.ops.lpips_fast.winograd_conv2d(
+            x, packed, bias, True, None, conv.out_channels, kernel, stride, padding
         )
-        return y.relu_() if keep_nan else y
+    bias = conv.bias.to(x.dtype)
+    if _is_direct(conv, x.dtype):
+        packed = packed_kernel(conv, winograd=False)
+        return torch.ops.lpips_fast.direct_conv2d(
+            x, packed, bias, True, conv.out_channels, kernel, stride, padding
+        )
+    paddings, strides, dtype = [padding] * 2, [stride] * 2, x.dtype
+    weight = conv.packed.copy(
+        ("forward", dtype), lambda: _reordered(conv.weight.to(dtype), padding, stride, x.shape)
+    )
+    activation = "none" if keep_nan else "relu"
+    y = torch.ops.mkldnn._convolution_pointwise(
+        x, weight, bias, paddings, strides, [1, 1], 1, activation, [], ""
+    )
+    return y.relu_() if keep_nan else y
+
+
+def _reordered(weight: Tensor, padding: int, stride: int, images: torch.Size) -> Tensor:
+    """In oneDNN's own order."""
+    return torch.ops.mkldnn._reorder_convolution_weight(
+        weight.detach(), [padding] * 2, [stride] * 2, [1, 1], 1, list(images)
+    )
 
 
 def _in_blocks(weight: Tensor, stride: int) -> Tensor:
@@ -218,7 +141,7 @@ def _in_blocks(weight: Tensor, stride: int) -> Tensor:
     return weight.unflatten(3, (blocks, stride)).unflatten(2, (blocks, stride))
 
 
-def packed_kernel(conv: nn.Conv2d, winograd: bool, gradient: bool = False) -> Tensor:
+def packed_kernel(conv: Convolution, winograd: bool, gradient: bool = False) -> Tensor:
     """The weights as our own kernels read them, for Winograd's algorithm or the direct sum.
 
     Args:
@@ -226,11 +149,10 @@ def packed_kernel(conv: nn.Conv2d, winograd: bool, gradient: bool = False) -> Te
     """
     operators = torch.ops.lpips_fast
     pack = operators.winograd_pack if winograd else operators.direct_pack
-    stride = _geometry(conv)[1] if winograd else 1  # which alone runs over blocks
+    stride = conv.stride if winograd else 1  # which alone runs over blocks
     of_which = _gradient_weight if gradient else _block_weight
-    purpose = f"{'winograd' if winograd else 'direct'}{' gradient' if gradient else ''}"
-    return packed_weight(
-        conv, purpose, torch.float32, lambda: pack(of_which(conv.weight.float(), stride))
+    return conv.packed.copy(
+        (winograd, gradient), lambda: pack(of_which(conv.weight.detach().float(), stride))
     )
 
 
@@ -239,45 +161,12 @@ def _block_weight(weight: Tensor, stride: int) -> Tensor:
     return _in_blocks(weight, stride).permute(0, 3, 5, 1, 2, 4).flatten(1, 3)
 
 
-class _ConvReLU(torch.autograd.Function):
-    """The derivative of the fused call: the ReLU's mask is where the result is positive."""
-
-    @staticmethod
-    def forward(
-        ctx, x: Tensor, weight: Tensor, bias: Tensor, conv: nn.Conv2d, keep_nan: bool
-    ) -> Tensor:
-        y = convolve(conv, x, keep_nan)
-        ctx.conv = conv
-        ctx.save_for_backward(x, weight, y)
-        return y
-
-    @staticmethod
-    def backward(ctx, grad: Tensor):  # type: ignore[override]
-        x, weight, y = ctx.saved_tensors
-        conv = ctx.conv
-        grad = torch.ops.aten.threshold_backward(grad, y, 0)
-        needs = list(ctx.needs_input_grad[:3])
-        # A second derivative needs torch's own operator, which has one.
-        if needs == [True, False, False] and is_frozen(conv) and not torch.is_grad_enabled():
-            return input_gradient(conv, grad, x), None, None, None, None
-        grads = torch.ops.aten.convolution_backward(
-            grad,
-            x,
-            weight,
-            [conv.out_channels],
-            conv.stride,
-            conv.padding,
-            conv.dilation,
-            False,
-            [0, 0],
-            conv.groups,
-            needs,
-        )
-        return (*grads, None, None)
-
-
 def input_gradient(
-    conv: nn.Conv2d, grad: Tensor, x: Tensor, through_relu: bool = False, add: Tensor | None = None
+    conv: Convolution,
+    grad: Tensor,
+    x: Tensor,
+    through_relu: bool = False,
+    add: Tensor | None = None,
 ) -> Tensor:
     """The gradient to the images ``x`` of a convolution with frozen weights, without a graph.
 
@@ -286,8 +175,8 @@ def input_gradient(
         through_relu: ``x`` is itself the result of a ReLU, whose derivative is applied too.
         add: another gradient to ``x``, to which the convolution's is added.
     """
-    kernel, stride, padding = _geometry(conv)
-    taps = -(-kernel // stride)
+    stride, padding = conv.stride, conv.padding
+    taps = -(-conv.kernel // stride)
     border = taps - 1 - (padding if stride == 1 else 0)
     channels = conv.in_channels * stride**2
     if uses_winograd(conv, conv.out_channels, grad.shape[2:], x.dtype):
@@ -301,17 +190,16 @@ def input_gradient(
             return result
     else:
         grad = grad.contiguous(memory_format=torch.channels_last)
-        packed = packed_weight(
-            conv,
-            "input gradient",
-            grad.dtype,
-            lambda: _pack(
-                _gradient_weight(conv.weight.to(grad.dtype), stride).contiguous(
+        dtype, shape = grad.dtype, grad.shape
+        packed = conv.packed.copy(
+            ("gradient", dtype),
+            lambda: _reordered(
+                _gradient_weight(conv.weight.detach().to(dtype), stride).contiguous(
                     memory_format=torch.channels_last
                 ),
-                [border, border],
-                [1, 1],
-                grad.shape,
+                border,
+                1,
+                shape,
             ),
         )
         result = torch.ops.mkldnn._convolution_pointwise(

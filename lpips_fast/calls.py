@@ -1,0 +1,211 @@
+"""What of a model may run by hand in one call, and its images on their way to taps.
+
+A part that is as built (:mod:`lpips_fast.trunk.legality`) runs fast; any other is called as the
+module that it is.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor, nn
+
+from . import kernels
+from .features import Features
+from .linear import NetLinLayer, drops
+from .scaling import ScalingLayer, scaled_batch
+from .trunk import Trunk, compiled, tap_channels
+from .trunk.legality import (
+    FastSlice,
+    Fault,
+    Template,
+    call_fault,
+    device_fault,
+    module_fault,
+    own_fault,
+)
+
+if TYPE_CHECKING:
+    from .lpips import LPIPS
+
+
+@dataclass(frozen=True)
+class Call:
+    """One call of a model: the model, and what of it may run by hand just now.
+
+    Attributes:
+        unit_range: the images are in [0, 1].
+        by_hand: of each slice, what runs it, or why it is called as a module; ``None``: nothing
+            may, whatever the modules are.
+        scales: whether the scaling layer is as built, so that one kernel stands for it.
+        weights: by layer, what stands for its linear weights in this call.
+    """
+
+    model: LPIPS
+    unit_range: bool
+    by_hand: list[FastSlice | Fault] | None
+    scales: bool
+    weights: Mapping[int, Tensor] = field(default_factory=dict)
+
+    @property
+    def is_as_built(self) -> bool:
+        """Whether all that the compared layers need runs by hand."""
+        return (
+            self.scales
+            and self.by_hand is not None
+            and all(isinstance(s, FastSlice) for s in self.by_hand[: self.model.layers[-1] + 1])
+        )
+
+    def scaled(self, images: Sequence[Tensor]) -> Tensor:
+        """Batches of images one behind the other, as the trunk takes them."""
+        model = self.model
+        if self.scales:
+            dtype = model.dtype or model.scaling_layer.shift.dtype
+            return scaled_batch(model.scaling_layer, images, self.unit_range, dtype, model.version)
+        together = images[0] if len(images) == 1 else torch.cat(tuple(images))
+        if self.unit_range:
+            together = 2 * together - 1
+        scaled = together if model.version == "0.0" else model.scaling_layer(together)
+        return scaled if model.dtype is None else scaled.to(model.dtype)
+
+    def taps(self, images: Sequence[Tensor]) -> Iterator[Tensor]:
+        """The compared taps of batches of images one behind the other, layer by layer."""
+        model = self.model
+        if trunk_fault(model.net) is not None:
+            outputs = model.net(self.scaled(images))
+            return iter([outputs[k] for k in model.layers])
+        return model.net.taps(self.scaled(images), model.checkpoint, model.layers, self.by_hand)
+
+    def encode(self, image: Tensor) -> Features:
+        """The compared taps of a batch of images, together."""
+        return Features(
+            tuple(self.taps([image])), size_of(image), self.model.net_name, self.model.layers
+        )
+
+    def trunk_learns(self) -> bool:
+        """Whether any weight of the trunk gets a gradient."""
+        if self.is_as_built:  # which learning weights are not
+            return False
+        return any(p.requires_grad for p in self.model.net.parameters())
+
+
+def prepare_call(model: LPIPS, images: Sequence[Tensor], unit_range: bool) -> Call:
+    """Looks at a model once for a call.
+
+    Args:
+        images: of the call, as the model takes them.
+        unit_range: they are in [0, 1].
+    """
+    like = like_of(model)
+    dtype = model.dtype or like.dtype
+    if kernels.is_compiling():
+        return _compiled_call(model, unit_range, like.device, dtype)
+    by_hand = None
+    if call_fault(images, like.device, dtype) is None and trunk_fault(model.net) is None:
+        by_hand = model.net.fast_slices(like.device, dtype)
+    scales = by_hand is not None and scaling_fault(model.scaling_layer) is None
+    return Call(model, unit_range, by_hand, scales)
+
+
+def _compiled_call(
+    model: LPIPS, unit_range: bool, device: torch.device, dtype: torch.dtype
+) -> Call:
+    """Under torch.compile all runs by hand, or nothing: the rest its own compiler fuses."""
+    net, scaling = model.net, model.scaling_layer
+    if (
+        device_fault(device, dtype) is not None
+        or type(net) is not Trunk
+        or compiled.is_watched(net)
+        or type(scaling) is not ScalingLayer
+        or compiled.is_watched(scaling)
+    ):
+        return Call(model, unit_range, None, False)
+    expected = dtype if kernels.autocast_dtype(device) is None else like_of(model).dtype
+    by_hand = [
+        compiled.fast_slice(block, model.net_name, number, device, expected, False)
+        for number, block in enumerate(net.slices()[: model.layers[-1] + 1], start=1)
+    ]
+    if not all(isinstance(found, FastSlice) for found in by_hand):
+        return Call(model, unit_range, None, False)
+    return Call(model, unit_range, by_hand, True)
+
+
+def fast_path(model: LPIPS) -> dict[str, str]:
+    """Of every part of a model ``"yes"``, or the first reason why it is called as a module."""
+    like = like_of(model)
+    dtype = model.dtype or like.dtype
+    faults: dict[str, object] = {"scaling_layer": scaling_fault(model.scaling_layer)}
+    whole = call_fault([], like.device, dtype) or trunk_fault(model.net)
+    slices = model.net.fast_slices(like.device, dtype) if whole is None else []
+    for k in range(len(tap_channels(model.net_name))):
+        found = slices[k] if slices else whole
+        faults[f"slice{k + 1}"] = None if isinstance(found, FastSlice) else found
+    lins = (lin_fault(model, k) for k in model.layers) if model.lpips else iter(())
+    faults["lins"] = next((fault for fault in lins if fault is not None), None)
+    return {part: "yes" if fault is None else str(fault) for part, fault in faults.items()}
+
+
+def like_of(model: LPIPS) -> Tensor:
+    """A tensor on the model's device, of the dtype that images are scaled in."""
+    shift = getattr(model.scaling_layer, "shift", None)
+    return shift if isinstance(shift, Tensor) else next(model.parameters())
+
+
+def size_of(image: Tensor) -> tuple[int, int]:
+    """Height and width."""
+    return image.shape[2], image.shape[3]
+
+
+# --------------------------------------------------------------------------- is it as built?
+
+
+_TRUNK_ATTRIBUTES = frozenset(nn.Module().__dict__) | {"net_name", "N_slices", "_outputs"}
+
+
+def trunk_fault(net: nn.Module) -> Fault | None:
+    """Why the trunk is called whole: replaced, or somebody waits for it to be called."""
+    return own_fault(net, Trunk, _TRUNK_ATTRIBUTES)
+
+
+@functools.cache
+def _scaling_template() -> Template:
+    return Template(ScalingLayer())
+
+
+def scaling_fault(layer: nn.Module) -> Fault | None:
+    """Why the scaling layer is called as a module."""
+    return module_fault(layer, _scaling_template(), [])
+
+
+@functools.cache
+def _lin_template(channels: int, use_dropout: bool) -> Template:
+    with torch.device("meta"):
+        return Template(NetLinLayer(channels, use_dropout=use_dropout))
+
+
+def lin_fault(model: LPIPS, layer: int) -> Fault | None:
+    """Why a linear layer is called as a module, instead of the kernels taking its weights."""
+    lin = model.lins[layer]
+    inner = lin.model if isinstance(lin, NetLinLayer) else ()
+    fault = module_fault(lin, _lin_template(model.chns[layer], len(inner) > 1), [])
+    if fault is None and drops(lin):  # type: ignore[arg-type]
+        return Fault("", "drops channels in training mode")
+    return fault
+
+
+def _is_linear(lin: nn.Module) -> bool:
+    """The same in terms that torch.compile turns into guards."""
+    if type(lin) is not NetLinLayer or drops(lin):
+        return False
+    return not any(compiled.is_watched(module) for module in (lin, lin.model, lin.model[-1]))
+
+
+def lins_are_linear(model: LPIPS) -> bool:
+    """Whether the linear layers are nothing but weights a channel: as built, without dropout."""
+    if kernels.is_compiling():
+        return not model.lpips or all(_is_linear(model.lins[k]) for k in model.layers)
+    return not model.lpips or all(lin_fault(model, k) is None for k in model.layers)

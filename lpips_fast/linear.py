@@ -1,0 +1,121 @@
+"""The learned part: a non-negative weight per channel and layer."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from torch import Tensor, nn
+
+from .weights import WeightsError, load_lin_weights, lpips_state_dict, read_state_dict
+
+if TYPE_CHECKING:
+    from .lpips import LPIPS
+
+
+class NetLinLayer(nn.Module):
+    """One layer's weights per channel, as a 1x1 convolution behind an optional dropout."""
+
+    def __init__(self, chn_in: int, chn_out: int = 1, use_dropout: bool = False) -> None:
+        super().__init__()
+        layers: list[nn.Module] = [nn.Dropout()] if use_dropout else []
+        self.model = nn.Sequential(*layers, nn.Conv2d(chn_in, chn_out, 1, bias=False))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.model(x)
+
+
+# Functions, not properties: the original's trainer takes whatever has a `weight` for a convolution.
+
+
+def linear_weight(lin: NetLinLayer) -> Tensor:
+    """(chn_out, chn_in, 1, 1)."""
+    return lin.model[-1].weight  # type: ignore[return-value]
+
+
+def drops(lin: NetLinLayer) -> bool:
+    """Whether a call would drop channels at random, which no fused kernel does."""
+    dropout = lin.model[0]
+    return isinstance(dropout, nn.Dropout) and dropout.training and dropout.p > 0
+
+
+def load_linear_weights(
+    model: LPIPS,
+    model_path: str | os.PathLike[str] | None,
+    beside_trunk: dict[str, Tensor] | None,
+    verbose: bool,
+) -> None:
+    """Loads what was learned: from a file, from the trunk's checkpoint, or from the package.
+
+    Args:
+        model_path: a file of linear weights, or a whole checkpoint.
+        beside_trunk: linear weights that the trunk's checkpoint holds too.
+        verbose: print where they come from.
+
+    Raises:
+        WeightsError: a layer's weights are missing, and would stay random without a word.
+    """
+    net, version = model.net_name, model.version
+    if model_path is not None:
+        state_dict = lpips_state_dict(read_state_dict(model_path), net, str(model_path))
+        source = str(Path(model_path).resolve())
+    elif beside_trunk is not None:
+        state_dict = beside_trunk
+        source = "the checkpoint that holds the trunk's weights"
+    else:
+        state_dict = load_lin_weights(net, version)
+        source = f"the linear weights of lpips {version}, packaged"
+    if verbose:
+        print(f"Loading model from: {source}")
+    missing, _ = model.load_state_dict(state_dict, strict=False)
+    # The same modules stand under two names; one of them is enough.
+    without = [
+        key
+        for key in missing
+        if key.startswith("lin") and key.replace("lin", "lins.", 1) in missing
+    ]
+    if without:
+        raise WeightsError(
+            f"{source} holds no linear weights for trunk {net} "
+            f"(missing {without[0]!r}); expected keys like 'lin0.model.1.weight'"
+        )
+
+
+def rename_linear_weights(
+    module: nn.Module,
+    state_dict: dict[str, Any],
+    prefix: str,
+    local_metadata: Any,
+    strict: bool,
+    missing_keys: list[str],
+    unexpected_keys: list[str],
+    error_msgs: list[str],
+) -> None:
+    """Before loading: linear weights under any name that the original gives them.
+
+    With or without dropout the convolution is ``model.1`` or ``model.0``, and a file may hold
+    ``linK``, ``lins.K`` or both. A state dict that holds some but not all of them is an error even
+    where loading is not strict: the rest would stay random without a word.
+    """
+    found, absent = 0, []
+    count = len(module.chns)  # type: ignore[arg-type]
+    for k in range(count):
+        position = len(getattr(module, f"lin{k}").model) - 1
+        is_there = False
+        for group in (f"{prefix}lin{k}", f"{prefix}lins.{k}"):
+            for index in (position, 1 - position):
+                weight = state_dict.pop(f"{group}.model.{index}.weight", None)
+                if weight is not None:
+                    state_dict[f"{group}.model.{position}.weight"] = weight
+                    is_there = True
+                    break
+        if is_there:
+            found += 1
+        else:
+            absent.append(f"{prefix}lin{k}")
+    if found and absent:
+        error_msgs.append(
+            f"linear weights of {len(absent)} of {count} layers are missing, "
+            f"first {absent[0]!r}: is the checkpoint of another trunk?"
+        )

@@ -1,0 +1,295 @@
+"""The ways from two images to the list of every layer's distance, and which is taken when.
+
+Every way gives the same numbers; they differ in memory, in calls, and in the graph that they keep.
+:func:`layer_distances` chooses. Where the model is as built, slices run by hand
+(:mod:`lpips_fast.trunk.legality` says when); where it is not, both images go through the modules,
+one after the other, as in ``lpips``.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterator, Sequence
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from . import composed, functional, gradient_scaling, kernels
+from .calls import Call, lins_are_linear, prepare_call, size_of
+from .composed import accumulator_dtype
+from .features import Features
+from .inputs import check_same_size, common_batch
+from .linear import linear_weight
+from .slice_distance import slice_distance
+from .spatial import spatial_average, upsample
+from .trunk import tap_shapes
+from .trunk.legality import FastSlice
+from .trunk.receptive_fields import receptive_fields
+from .trunk.slice_node import as_images, slice_tap
+
+if TYPE_CHECKING:
+    from .lpips import LPIPS
+
+# Elements of an image batch from which taps are compared one by one, each in a call of its own;
+# below, memory is no concern and one call for all layers is faster.
+_STREAMED_FROM = 3 * 128 * 128
+
+
+def layer_distances(
+    model: LPIPS, in0: Tensor | Features, in1: Tensor | Features, normalize: bool
+) -> list[Tensor]:
+    """Every layer's distance, (N, 1, 1, 1) or for ``spatial`` (N, 1, H, W).
+
+    Without a graph at most ``model.max_batch`` pairs at a time, and half as many where memory runs
+    out.
+
+    Args:
+        in0, in1: images (N, 3, H, W) as the model takes them, or features of it.
+        normalize: images are in [0, 1].
+    """
+    call = prepare_call(model, [x for x in (in0, in1) if isinstance(x, Tensor)], normalize)
+    if not kernels.has_operators():
+        return _layers(call, in0, in1)
+    if _scales_gradients(call, in0, in1):
+        return _with_scaled_gradients(call, in0, in1)
+    batch = common_batch(len(in0), len(in1))
+    limit = model.max_batch or batch
+    if batch <= limit or torch.is_grad_enabled():
+        try:
+            return _layers(call, in0, in1)
+        except RuntimeError as error:
+            is_too_large = kernels.is_out_of_memory(error) and batch > 1
+            if torch.is_grad_enabled() or not is_too_large:
+                raise
+            limit = (batch + 1) // 2
+    parts = []
+    for first in range(0, batch, limit):
+        part = slice(first, first + limit)
+        pair = [x if len(x) == 1 and batch > 1 else x[part] for x in (in0, in1)]
+        parts.append(layer_distances(model, pair[0], pair[1], normalize))
+    return [torch.cat(layer) for layer in zip(*parts)]
+
+
+def _scales_gradients(call: Call, *arguments: Tensor | Features) -> bool:
+    """Whether gradients are scaled inside (:mod:`lpips_fast.gradient_scaling`).
+
+    A trunk in float16, as built, whose features nobody else has a graph of.
+    """
+    if not torch.is_grad_enabled() or not call.is_as_built or not lins_are_linear(call.model):
+        return False
+    by_hand = call.by_hand[0]  # type: ignore[index]
+    assert isinstance(by_hand, FastSlice)
+    weight = by_hand.parameters[0]
+    if (kernels.autocast_dtype(weight.device) or weight.dtype) != torch.float16:
+        return False
+    if any(isinstance(x, Features) and _needs_graph(call, x) for x in arguments):
+        return False
+    return any(x.requires_grad for x in arguments if isinstance(x, Tensor))
+
+
+def _with_scaled_gradients(
+    call: Call, in0: Tensor | Features, in1: Tensor | Features
+) -> list[Tensor]:
+    model, pair = call.model, [in0, in1]
+    learning = {k: linear_weight(model.lins[k]) for k in model.layers} if model.lpips else {}  # type: ignore[arg-type]
+    learning = {k: weight for k, weight in learning.items() if weight.requires_grad}
+    places = [k for k, x in enumerate(pair) if isinstance(x, Tensor) and x.requires_grad]
+    entered, token = gradient_scaling.enter([*(pair[k] for k in places), *learning.values()])  # type: ignore[misc]
+    for k, image in zip(places, entered):
+        pair[k] = image
+    call = dataclasses.replace(call, weights=dict(zip(learning, entered[len(places) :])))
+    layers = _layers(call, pair[0], pair[1])
+    height, width = size_of(entered[0])
+    shapes = tap_shapes(model.net_name, (height, width))
+    whole = height * width if model.spatial else 1
+    positions = [shapes[k][1] * shapes[k][2] / whole for k in model.layers]
+    return gradient_scaling.leave(layers, token, positions)
+
+
+def _layers(call: Call, in0: Tensor | Features, in1: Tensor | Features) -> list[Tensor]:
+    """The way that is taken, and why."""
+    graphs = [_needs_graph(call, x) for x in (in0, in1)]
+    if isinstance(in0, Tensor) and isinstance(in1, Tensor):
+        check_same_size(size_of(in0), size_of(in1))
+        if not call.is_as_built:
+            # Modules may look at what they are given: one image, then the other, as in lpips.
+            return _encoded(call, in0, in1)
+        if graphs[0] == graphs[1]:
+            if graphs[0] or in0.numel() < _STREAMED_FROM or kernels.is_compiling():
+                return _one_batch(call, in0, in1)
+            return _streamed(call, in0, in1)
+    if graphs[0] != graphs[1]:
+        # A target that needs no gradient costs no graph.
+        image, target = (in0, in1) if graphs[0] else (in1, in0)
+        return _to_target(call, image, target)
+    return _encoded(call, in0, in1)
+
+
+def _encoded(call: Call, in0: Tensor | Features, in1: Tensor | Features) -> list[Tensor]:
+    """Each image on its own, all its taps together."""
+    pair = [call.encode(x) if isinstance(x, Tensor) else x for x in (in0, in1)]
+    check_same_size(pair[0].image_size, pair[1].image_size)
+    return compare(call, pair[0].taps, pair[1].taps, pair[0].image_size)
+
+
+def _one_batch(call: Call, in0: Tensor, in1: Tensor) -> list[Tensor]:
+    """Both images in one batch, all taps together: the fewest calls."""
+    split = [len(in0), len(in1)]
+    pairs = [tap.split(split) for tap in call.taps((in0, in1))]
+    return compare(call, [a for a, _ in pairs], [b for _, b in pairs], size_of(in0))
+
+
+def _streamed(call: Call, in0: Tensor, in1: Tensor) -> list[Tensor]:
+    """A tap is compared as soon as it exists, and its memory goes back: the least memory."""
+    layers: list[Tensor] = []
+    for a, b in _streamed_taps(call, in0, in1):
+        layers += compare(call, [a], [b], size_of(in0), first=len(layers))
+        del a, b
+    return layers
+
+
+def _streamed_taps(call: Call, in0: Tensor, in1: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
+    if in0.device.type == "cpu":
+        # Side by side: large as they are, nothing is gained by one batch of both, and twice
+        # the memory would be in use at a time.
+        taps0, taps1 = (call.taps([image]) for image in (in0, in1))
+        for _ in call.model.layers:  # not by zip, which holds on to what it gave last
+            yield next(taps0), next(taps1)
+    else:
+        for tap in call.taps((in0, in1)):
+            tap0, tap1 = tap.split([len(in0), len(in1)])
+            yield tap0, tap1
+            del tap, tap0, tap1
+
+
+def _to_target(call: Call, image: Tensor | Features, target: Tensor | Features) -> list[Tensor]:
+    """An image that wants a gradient, to a target that wants none: one node a slice."""
+    model = call.model
+    fused = model.normalization == "l2" and not model.checkpoint and lins_are_linear(model)
+    if not isinstance(image, Tensor) or not call.is_as_built or not fused:
+        return _encoded(call, image, _without_graph(call, target))
+    assert call.by_hand is not None
+    x = call.scaled([image])
+    slices = call.by_hand[: model.layers[-1] + 1]
+    is_small = (
+        x.numel() < _STREAMED_FROM
+        and len(slices) == len(model.layers)
+        and not kernels.is_compiling()  # which takes no list that changes
+    )
+    if is_small and isinstance(target, Tensor) and len(target) == len(x):
+        with torch.no_grad():
+            together = [torch.cat((x, call.scaled([target])))]
+        return _slice_by_slice(call, x, size_of(image), [together] * len(slices))
+
+    target = _without_graph(call, target)
+    check_same_size(size_of(image), target.image_size)
+    if len(target) != len(x) or kernels.autocast_dtype(x.device):
+        return _encoded(call, image, target)
+    if any(tap.dtype != x.dtype for tap in target.taps):
+        return _encoded(call, image, target)
+    taps = dict(zip(model.layers, target.taps))
+    return _slice_by_slice(call, x, size_of(image), [taps.get(k) for k in range(len(slices))])
+
+
+def _without_graph(call: Call, target: Tensor | Features) -> Features:
+    with torch.no_grad():
+        return call.encode(target) if isinstance(target, Tensor) else target
+
+
+def _slice_by_slice(
+    call: Call,
+    x: Tensor,
+    size: tuple[int, int],
+    targets: Sequence[Tensor | list[Tensor] | None],
+) -> list[Tensor]:
+    """Distances of scaled images; a slice without a target only runs."""
+    model = call.model
+    assert call.by_hand is not None
+    layers = []
+    weights = iter(channel_weights(call, x))
+    keys = receptive_fields(call.by_hand[: len(targets)], as_images(x))
+    for by_hand, target, of_slice in zip(call.by_hand, targets, keys):
+        assert isinstance(by_hand, FastSlice)
+        if target is None:
+            x = slice_tap(by_hand, x, of_slice)
+            continue
+        x, value = slice_distance(by_hand, x, target, next(weights), model.spatial, of_slice)
+        layers.append(upsample(value, size) if model.spatial else value.view(-1, 1, 1, 1))
+    return layers
+
+
+# ------------------------------------------------------------------------------ from taps on
+
+
+def compare(
+    call: Call,
+    taps0: Sequence[Tensor],
+    taps1: Sequence[Tensor],
+    size: tuple[int, int],
+    first: int = 0,
+) -> list[Tensor]:
+    """One tensor a layer: (N, 1, 1, 1), or (N, 1, H, W) for ``spatial``.
+
+    Args:
+        taps0, taps1: of the model's ``layers[first]`` and of the layers that follow there; one image
+            stands for all of the other.
+        size: of the images.
+    """
+    model = call.model
+    layers = model.layers[first : first + len(taps0)]
+    eps = composed.EPS
+    # Outside our operators shapes may be symbols and tensors wrapped: nothing is asked of them.
+    if model.lpips and not (kernels.has_operators() and lins_are_linear(model)):
+        maps = []
+        for k, tap0, tap1 in zip(layers, taps0, taps1):
+            normal0, normal1 = (
+                functional.normalize_features(tap, model.normalization) for tap in (tap0, tap1)
+            )
+            maps.append(model.lins[k]((normal0 - normal1) ** 2))
+        return [upsample(m, size) if model.spatial else spatial_average(m) for m in maps]
+    weights = channel_weights(call, taps0[0], layers)
+    if not kernels.has_operators():
+        maps = [
+            composed.distance_map(a, b, w, eps, model.normalization)
+            for a, b, w in zip(taps0, taps1, weights)
+        ]
+        return [upsample(m, size) if model.spatial else spatial_average(m) for m in maps]
+    pairs = [_broadcast(a, b) for a, b in zip(taps0, taps1)]
+    taps0, taps1 = [a for a, _ in pairs], [b for _, b in pairs]
+    options = {"normalization": model.normalization}
+    if model.spatial:
+        maps = functional.distance_map(taps0, taps1, weights, **options)
+        return [upsample(m, size) for m in maps]
+    distances = functional.distance(taps0, taps1, weights, **options)
+    return [d.view(-1, 1, 1, 1) for d in distances.unbind(dim=1)]
+
+
+def channel_weights(
+    call: Call, like: Tensor, layers: Sequence[int] | None = None
+) -> list[Tensor]:
+    """(C_l,) of the compared layers, as the operators take them beside features ``like``."""
+    model = call.model
+    dtype = accumulator_dtype(like.dtype)
+    layers = model.layers if layers is None else layers
+    if not model.lpips:
+        return [like.new_ones(model.chns[k], dtype=dtype) for k in layers]
+    weights = [call.weights.get(k, linear_weight(model.lins[k])) for k in layers]  # type: ignore[arg-type]
+    return [weight.view(-1).to(dtype) for weight in weights]
+
+
+def _needs_graph(call: Call, image: Tensor | Features) -> bool:
+    if not torch.is_grad_enabled():
+        return False
+    if isinstance(image, Features):
+        return any(tap.requires_grad for tap in image.taps)
+    return image.requires_grad or call.trunk_learns()
+
+
+def _broadcast(tap0: Tensor, tap1: Tensor) -> tuple[Tensor, Tensor]:
+    """Both for the common batch; one image stands for all without a copy."""
+    batch = common_batch(len(tap0), len(tap1))
+    # Not where it changes nothing: torch.compile cannot save views of unknown size for backward.
+    return tuple(  # type: ignore[return-value]
+        tap if len(tap) == batch else tap.expand(batch, -1, -1, -1) for tap in (tap0, tap1)
+    )

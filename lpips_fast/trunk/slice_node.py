@@ -1,0 +1,90 @@
+"""A slice run by hand as one node of autograd, for frozen weights."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .. import kernels
+from . import compiled
+from .legality import FastSlice
+from .slices import input_gradient, plain, record, run, slice_layers
+
+
+def as_images(x: Tensor) -> Tensor:
+    """Images in the dtype that the slice runs in, which autocast may say, and channels-last."""
+    dtype = kernels.autocast_dtype(x.device) or x.dtype
+    return x.to(dtype, memory_format=torch.channels_last)
+
+
+def keeps_nan(number: int) -> bool:
+    """The first slice lets NaN through, so that one in an image reaches the distance by its tap."""
+    return number == 1
+
+
+def slice_tap(
+    fast: FastSlice, images: Tensor | list[Tensor], keys: Sequence[Tensor] = ()
+) -> Tensor:
+    """The tap of images, differentiable in them where they want a gradient.
+
+    Args:
+        images: channels-last; or a list of one batch, whose memory goes back when used.
+        keys: before each pooling (:mod:`lpips_fast.trunk.receptive_fields`), for the backward.
+    """
+    if isinstance(images, Tensor):
+        images = [images]
+    if kernels.is_compiling():
+        return compiled.tap(fast, images.pop(), keys)
+    images[0] = as_images(images[0])
+    if torch.is_grad_enabled() and images[0].requires_grad:
+        return _SliceTap.apply(images.pop(), fast.net, fast.number, keys, *fast.parameters)
+    layers = slice_layers(fast.net, fast.number)
+    with torch.no_grad():
+        return run(layers, fast.parameters, images, keeps_nan(fast.number))
+
+
+def is_transformed(*grads: Tensor | None) -> bool:
+    """Whether a gradient is one of many at once, which our operators cannot take."""
+    functorch = torch._C._functorch
+    return any(
+        g is not None and (functorch.is_batchedtensor(g) or functorch.is_legacy_batchedtensor(g))
+        for g in grads
+    )
+
+
+class _SliceTap(torch.autograd.Function):
+    @staticmethod
+    def forward(  # type: ignore[override]
+        ctx: Any, x: Tensor, net: str, number: int, keys: Sequence[Tensor], *parameters: Tensor
+    ) -> Tensor:
+        ctx.layers, ctx.keys = slice_layers(net, number), keys
+        made = record(ctx.layers, parameters, x, keeps_nan(number))
+        ctx.save_for_backward(x, *made, *parameters)
+        ctx.made = len(made)
+        return made[-1]
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+        x, *rest = ctx.saved_tensors
+        made, parameters = rest[: ctx.made], rest[ctx.made :]
+        none = (None,) * (3 + len(parameters))
+        if torch.is_grad_enabled() or is_transformed(grad):
+            return plain_gradient(ctx.layers, parameters, grad, x), *none
+        grad = torch.ops.aten.threshold_backward(grad, made[-1], 0)
+        return input_gradient(ctx.layers, parameters, grad, x, made, ctx.keys), *none
+
+
+def plain_gradient(
+    layers: Sequence[Any], parameters: Sequence[Tensor], grad: Tensor, x: Tensor
+) -> Tensor:
+    """The same gradient through nodes that have derivatives themselves, as many as wanted."""
+    again = torch.is_grad_enabled()
+    with torch.enable_grad():
+        # A view, so that the gradient is that of this use of x alone.
+        images = x.view_as(x) if x.requires_grad else x.detach().requires_grad_()
+        tap = plain(layers, [p.detach() for p in parameters], images)
+        (found,) = torch.autograd.grad(tap, images, grad, create_graph=again)
+    return found
