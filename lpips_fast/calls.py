@@ -7,8 +7,8 @@ module that it is.
 from __future__ import annotations
 
 import functools
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 import torch
@@ -43,12 +43,14 @@ class Call:
         by_hand: of each slice, what runs it, or why it is called as a module; ``None``: nothing
             may, whatever the modules are.
         scales: whether the scaling layer is as built, so that one kernel stands for it.
+        weights: by layer, what stands for its linear weights in this call.
     """
 
     model: LPIPS
     unit_range: bool
     by_hand: list[FastSlice | Fault] | None
     scales: bool
+    weights: Mapping[int, Tensor] = field(default_factory=dict)
 
     @property
     def is_as_built(self) -> bool:
