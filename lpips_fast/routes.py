@@ -232,8 +232,8 @@ def compare(
     """One tensor a layer: (N, 1, 1, 1), or (N, 1, H, W) for ``spatial``.
 
     Args:
-        taps0, taps1: of the model's ``layers[first]`` and of the layers that follow there; one image
-            stands for all of the other.
+        taps0, taps1: of the model's ``layers[first]`` and of the layers that follow there; one
+            image stands for all of the other.
         size: of the images.
     """
     model = call.model

@@ -35,9 +35,11 @@ class PackedWeight:
         "_strides",
         "_version",
         "_watch",
+        "_weight",
     )
 
     def __init__(self, weight: Tensor) -> None:
+        self._weight = weakref.ref(weight)
         self._storage = StorageWeakRef(weight.untyped_storage())
         self._shape, self._strides, self._dtype = weight.shape, weight.stride(), weight.dtype
         self._version = _version(weight)
@@ -48,12 +50,10 @@ class PackedWeight:
 
     def is_of(self, weight: Tensor) -> bool:
         """Whether the copies are what packing ``weight`` now would give."""
-        if (
-            self._version != _version(weight)
-            or self._dtype != weight.dtype
-            or self._shape != weight.shape
-            or self._strides != weight.stride()
-            or self._storage.expired()
+        if self._version != _version(weight) or self._strides != weight.stride():
+            return False
+        if self._weight() is not weight and (
+            self._dtype != weight.dtype or self._shape != weight.shape or self._storage.expired()
         ):
             return False
         verdict = self._watch.look(weight.data_ptr())
