@@ -5,7 +5,7 @@ them; then one file an operator family holds its fake kernel and its derivative.
 tensors, never a network. Importing this package makes ``torch.ops.lpips_fast`` usable.
 """
 
-from . import convolution, distance, fire, max_pool, scale_images
+from . import convolution, distance, fire, max_pool, receptive_fields, scale_images
 from .dispatch import (
     autocast_dtype,
     has_kernel,
@@ -35,5 +35,6 @@ __all__ = [
     "is_eager",
     "is_out_of_memory",
     "max_pool",
+    "receptive_fields",
     "scale_images",
 ]

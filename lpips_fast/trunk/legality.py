@@ -23,6 +23,7 @@ from .. import kernels
 from .cuda_convolution import DTYPES as CUDA_DTYPES
 from .fire import FireModule
 from .layers import make_layer
+from .max_pool import CeilMaxPool2d
 from .packing import is_packable
 from .table import IMAGE_CHANNELS, trunk_spec
 
@@ -134,12 +135,23 @@ def own_fault(module: nn.Module, kind: type, keys: frozenset[str]) -> Fault | No
         return Fault("", f"is a {type(module).__name__}, not a {kind.__name__} as built")
     attributes = module.__dict__
     if attributes.keys() != keys:
-        odd = sorted(attributes.keys() ^ keys)
-        return Fault("", f"has other attributes than as built: {', '.join(odd)}")
+        odd = sorted(k for k in attributes.keys() ^ keys if k in keys or _is_read(module, kind, k))
+        if odd:
+            return Fault("", f"has other attributes than as built: {', '.join(odd)}")
     for key in _HOOKS:
         if attributes[key]:
             return Fault("", f"has a hook ({key.strip('_').replace('_', ' ')[:-1]})")
     return None
+
+
+def _is_read(module: nn.Module, kind: type, key: str) -> bool:
+    """Whether a further attribute stands before one that the class's own code reads.
+
+    Others mean nothing to it: frameworks mark the modules that they hold, as FSDP does.
+    """
+    attributes = module.__dict__
+    held = ("_parameters", "_buffers", "_modules")
+    return hasattr(kind, key) or any(key in attributes[group] for group in held)
 
 
 def weights_fault(
@@ -211,7 +223,15 @@ def _functions_of(kind: type) -> tuple[Any, ...]:
     )
 
 
-_CLASSES = (nn.Conv2d, nn.ReLU, nn.MaxPool2d, nn.Sequential, nn.Dropout, FireModule)
+_CLASSES = (
+    nn.Conv2d,
+    nn.ReLU,
+    nn.MaxPool2d,
+    nn.Sequential,
+    nn.Dropout,
+    FireModule,
+    CeilMaxPool2d,
+)
 _AS_IMPORTED = {kind: _functions_of(kind) for kind in _CLASSES}
 _FUNCTIONS = ("conv2d", "relu", "max_pool2d")
 _FUNCTIONS_AS_IMPORTED = {name: getattr(nn.functional, name) for name in _FUNCTIONS}

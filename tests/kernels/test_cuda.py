@@ -191,7 +191,7 @@ def test_views(poisoned, generator, dtype, order):
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("channels", [1, 3, 8, 33, 64, 192, 512, 1200])
 def test_tap_backward(poisoned, generator, dtype, channels):
-    """The distance's gradient, with a deeper one, through the ReLU: against their sum in float64."""
+    """The gradient of the distance and a deeper one, through the ReLU, against float64."""
     tap, target, w = make_features((2, channels, 13, 11), dtype, CHANNELS_LAST, generator)
     deeper = images_of(tap.shape, dtype, CHANNELS_LAST, generator)
     for shape, more in itertools.product(((2, 1), (2, 1, 13, 11)), (None, deeper)):
