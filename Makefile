@@ -8,7 +8,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 SOURCES := setup.py pyproject.toml $(shell find csrc -type f)
 
-.PHONY: demo test lint cuda-compile gpu-check parity bench clean
+.PHONY: demo test lint docs sanitize cuda-compile gpu-check parity bench clean
 
 demo: $(VENV)/.built
 	$(BIN)/python examples/demo.py
@@ -23,7 +23,15 @@ lint: $(VENV)/.built
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
-	$(BIN)/clang-format --dry-run --Werror $$(git ls-files 'csrc/*' 'tests/emulation/*' | grep -E '\.(h|cpp|cu|cuh)$$')
+	$(BIN)/clang-format --dry-run --Werror $$(git ls-files 'csrc/*' 'tests/*' | grep -E '\.(h|cpp|cu|cuh)$$')
+
+sanitize: $(VENV)/.built
+	$(BIN)/python scripts/sanitize.py
+
+docs: $(VENV)/.built
+	$(BIN)/python -m pip install --quiet "lpips-fast[docs]"
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet
+	@echo "built: site/index.html"
 
 cuda-compile: $(VENV)/.built
 	$(BIN)/python scripts/check_cuda_compile.py || [ $$? -eq 77 ]  # 77: there is no CUDA toolkit
@@ -33,11 +41,12 @@ gpu-check: $(VENV)/.built
 
 parity: $(VENV)/.built
 	$(BIN)/python -m pip install --quiet --no-deps -r tests/reference-requirements.txt
-	$(BIN)/python tests/parity.py
+	$(BIN)/python tests/parity.py --page docs/parity.md
 
 bench: $(VENV)/.built
 	$(BIN)/python -m pip install --quiet --no-deps -r tests/reference-requirements.txt
 	$(BIN)/python benchmarks/run.py
+	$(BIN)/python benchmarks/tables.py
 
 $(VENV)/.torch:
 	$(PYTHON) -m venv $$($(PYTHON) -c "import torch" 2>/dev/null && echo --system-site-packages) $(VENV)
@@ -50,4 +59,4 @@ $(VENV)/.built: $(VENV)/.torch $(SOURCES)
 	touch $@
 
 clean:
-	rm -rf $(VENV) build demo_output *.egg-info lpips_fast/kernels/*.so
+	rm -rf $(VENV) build site demo_output *.egg-info lpips_fast/kernels/*.so

@@ -4,6 +4,8 @@ Environment:
     LPIPS_FAST_CUDA       1: build the CUDA kernels, or fail; 0: do not; unset: build them when
                           both a CUDA build of torch and a CUDA toolkit are there.
     TORCH_CUDA_ARCH_LIST  the GPUs to build for, as in torch ("8.0;9.0+PTX"); default: see below.
+    LPIPS_FAST_SANITIZE   1: with AddressSanitizer and UndefinedBehaviorSanitizer, for this
+                          machine's instruction set alone (scripts/sanitize.py).
     CUDA_HOME             the CUDA toolkit; default: the one of nvcc on the PATH.
     MAX_JOBS              compilers to run at once.
 """
@@ -53,6 +55,15 @@ X86_CAPABILITIES = {
 CXX_FLAGS = ["-O3", "-std=c++20", "-fvisibility=hidden", "-Wall", "-Wextra", "-Wno-psabi"]
 # Spurious in GCC's own AVX512 headers: https://gcc.gnu.org/bugzilla/show_bug.cgi?id=105593
 GCC_FLAGS = ["-Wno-maybe-uninitialized", "-Wno-uninitialized"]
+SANITIZE = os.environ.get("LPIPS_FAST_SANITIZE") == "1"
+SANITIZER_FLAGS = [
+    *("-fsanitize=address,undefined", "-fno-sanitize=vptr", "-fno-sanitize-recover=all"),
+    *("-O1", "-g"),
+]
+# Messages name files as a reader of the sources knows them, not as they lie here.
+PREFIX_MAPS = [
+    f"-fmacro-prefix-map={folder}/=" for folder in (*cpp_extension.include_paths(), str(ROOT))
+]
 NVCC_FLAGS = ["-O3", "-std=c++20", "-Xcompiler=-fvisibility=hidden,-Wall", "--threads=2"]
 
 
@@ -148,6 +159,7 @@ class Build(cpp_extension.BuildExtension):
                 [
                     nvcc,
                     *NVCC_FLAGS,
+                    *(f"-Xcompiler={flag}" for flag in PREFIX_MAPS),
                     *ext.gencode,
                     "-DUSE_CUDA",
                     "-Xcompiler=-fPIC",
@@ -200,9 +212,12 @@ def cpu_extension(
         define_macros=list(define.items()),
         # Torch's headers as system headers: warnings are for our own code.
         extra_compile_args=CXX_FLAGS
+        + PREFIX_MAPS
         + gcc
         + [f"-isystem{path}" for path in cpp_extension.include_paths()]
-        + flags,
+        + flags
+        + (SANITIZER_FLAGS if SANITIZE else []),
+        extra_link_args=SANITIZER_FLAGS if SANITIZE else [],
         depends=[str(p.relative_to(ROOT)) for p in (ROOT / "csrc").rglob("*.h")],
     )
 
@@ -219,6 +234,9 @@ def extensions() -> list[Extension]:
     capabilities = {"default": ""}
     if platform.machine().lower() in ("x86_64", "amd64"):
         capabilities |= X86_CAPABILITIES
+    if SANITIZE:
+        own = torch.backends.cpu.get_cpu_capability().lower()
+        capabilities = {own: capabilities[own]} if own in capabilities else {"default": ""}
     info = {
         "torch": torch.__version__,
         "compiler": compiler_version(),

@@ -1,7 +1,7 @@
 """How much memory one call adds at its peak: ours beside the original.
 
 Each figure comes from a process of its own, which calls once on small images, so that libraries and
-prepared weights are in place, and then as :mod:`lpips_fast.peak_memory` says.
+prepared weights are in place, and then as :mod:`lpips_fast.choice.peak_memory` says.
 """
 
 from __future__ import annotations

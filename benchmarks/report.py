@@ -34,16 +34,16 @@ def markdown(results: Results, plots: dict[str, str] | None = None) -> str:
     machine = results["machine"]
     sections = [
         f"# LPIPS on {machine['facts']['Device']}",
-        _preamble(machine),
-        _section("The goals", _goals(results)),
+        preamble(machine),
+        _section("The goals", goals(results)),
         *(_picture(caption, file) for caption, file in (plots or {}).items()),
-        *(_section(MODES[mode], _timings(results, mode)) for mode in MODES),
-        _section("Other ways of calling", _variants(results)),
-        _section("Peak memory", _memory(results["memory"])),
-        _section("Where the time goes", _time_by_part(results["time_by_part"])),
-        _section("Precision", _precision(results["precision"])),
+        *(_section(MODES[mode], timings(results, mode)) for mode in MODES),
+        _section("Other ways of calling", variants(results)),
+        _section("Peak memory", memory(results["memory"])),
+        _section("Where the time goes", time_by_part(results["time_by_part"])),
+        _section("Precision", precision(results["precision"])),
         _section("Not measured here", _absent(results)),
-        _section("How it was measured", _method(results)),
+        _section("How it was measured", method(results)),
     ]
     return "\n\n".join(section for section in sections if section) + "\n"
 
@@ -91,7 +91,7 @@ def _picture(caption: str, file: str) -> str:
     return f"![{caption}]({file})"
 
 
-def _preamble(machine: dict[str, Any]) -> str:
+def preamble(machine: dict[str, Any]) -> str:
     rows = [*machine["facts"].items(), ("Date", machine["date"])]
     rows.append(("Command", f"`{machine['command']}`"))
     if machine.get("load") is not None:
@@ -107,7 +107,7 @@ def _preamble(machine: dict[str, Any]) -> str:
 # ------------------------------------------------------------------------------------ the goals
 
 
-def _goals(results: Results) -> str:
+def goals(results: Results) -> str:
     device_type = results["machine"]["device_type"]
     rows = [_goal_row(goal, results) for goal in GOALS if goal.device_type == device_type]
     return table(["", "wanted", "reached", "measured"], rows)
@@ -135,7 +135,7 @@ def _percent_of_peak(case: dict[str, Any], results: Results) -> str:
     return f"{floor['flops_per_second'] / peak:.0%}" if floor and peak else ""
 
 
-def _timings(results: Results, mode: str) -> str:
+def timings(results: Results, mode: str) -> str:
     cases = [c for c in results["cases"] if c["mode"] == mode and c["variant"] == "plain"]
     if not cases:
         return ""
@@ -172,7 +172,7 @@ def _timings(results: Results, mode: str) -> str:
     return table(header, rows) + below
 
 
-def _variants(results: Results) -> str:
+def variants(results: Results) -> str:
     cases = [c for c in results["cases"] if c["variant"] != "plain"]
     if not cases:
         return ""
@@ -194,7 +194,7 @@ def _variants(results: Results) -> str:
 # --------------------------------------------------------------------------------- other parts
 
 
-def _memory(entries: list[dict[str, Any]]) -> str:
+def memory(entries: list[dict[str, Any]]) -> str:
     if not entries:
         return ""
     rows = []
@@ -211,7 +211,7 @@ def _memory(entries: list[dict[str, Any]]) -> str:
     return table(header, rows) + "\n\nWhat one float32 call adds at its peak to images and weights."
 
 
-def _time_by_part(entries: list[dict[str, Any]]) -> str:
+def time_by_part(entries: list[dict[str, Any]]) -> str:
     if not entries:
         return ""
     parts = list(entries[0]["seconds"])
@@ -225,7 +225,7 @@ def _time_by_part(entries: list[dict[str, Any]]) -> str:
     return table(["", "in all, ms", *parts], rows) + note
 
 
-def _precision(entries: list[dict[str, Any]]) -> str:
+def precision(entries: list[dict[str, Any]]) -> str:
     if not entries:
         return ""
     rows = [
@@ -259,7 +259,7 @@ def _absent(results: Results) -> str:
     return "\n".join(f"- {line}" for line in lines)
 
 
-def _method(results: Results) -> str:
+def method(results: Results) -> str:
     ways: dict[str, int] = {}
     for case in results["cases"]:
         for way, count in case.get("floor", {}).get("ways", {}).items():

@@ -11,4 +11,11 @@ inline bool is_feature_dtype(torch::headeronly::ScalarType dtype) {
          dtype == ScalarType::BFloat16;
 }
 
+// The dtype of sums over features, and of weights, distances and their gradients.
+inline torch::headeronly::ScalarType accumulator_dtype(
+    torch::headeronly::ScalarType feature_dtype) {
+  using torch::headeronly::ScalarType;
+  return feature_dtype == ScalarType::Double ? ScalarType::Double : ScalarType::Float;
+}
+
 }  // namespace lpips_fast

@@ -9,51 +9,52 @@
 // torch, and so does the first NaN.
 #pragma once
 
-#include "feature_dtype.h"
+#include "allocation.h"
+#include "checks.h"
 #include "pool_shape.h"
-#include "stable_abi.h"
 
 namespace lpips_fast {
 
-inline torch::stable::Tensor channels_last(const torch::stable::Tensor& x) {
-  return torch::stable::contiguous(x, torch::headeronly::MemoryFormat::ChannelsLast);
+inline Tensor channels_last(const Tensor& x) { return dense(x, MemoryFormat::ChannelsLast); }
+
+inline Tensor empty_channels_last(const Tensor& like, int64_t height, int64_t width) {
+  return empty({like.size(0), like.size(1), height, width}, like.scalar_type(), like.device(),
+               MemoryFormat::ChannelsLast);
 }
 
-inline torch::stable::Tensor empty_channels_last(const torch::stable::Tensor& like, int64_t height,
-                                                 int64_t width) {
-  return torch::stable::empty({like.size(0), like.size(1), height, width}, like.scalar_type(),
-                              std::nullopt, like.device(), std::nullopt,
-                              torch::headeronly::MemoryFormat::ChannelsLast);
-}
-
-inline void check_pool(const torch::stable::Tensor& x, int64_t kernel, int64_t stride) {
-  STD_TORCH_CHECK(x.dim() == 4 && is_feature_dtype(x.scalar_type()),
-                  "max_pool2d takes (N, C, H, W) of float32, float64, float16 or bfloat16");
-  STD_TORCH_CHECK(kernel > 0 && stride > 0, "kernel and stride must be positive");
+inline void check_pool(Backend backend, const Tensor& x, int64_t kernel, int64_t stride) {
+  Operands(backend).check("x", x);
+  check_images("max_pool2d", x);
+  check_parameter("kernel", kernel, 1);
+  check_parameter("stride", stride, 1);
+  LPIPS_FAST_CHECK(x.size(1) > 0, "max_pool2d takes at least one channel, got ", shape_of(x));
 }
 
 // The result of pooling `x`, still to be written.
-inline torch::stable::Tensor empty_pooled(const torch::stable::Tensor& x, int64_t kernel,
-                                          int64_t stride, bool ceil_mode) {
+inline Tensor empty_pooled(const Tensor& x, int64_t kernel, int64_t stride, bool ceil_mode) {
   const int64_t height = pooled_size(x.size(2), kernel, stride, ceil_mode);
   const int64_t width = pooled_size(x.size(3), kernel, stride, ceil_mode);
-  STD_TORCH_CHECK(height > 0 && width > 0, "an image of ", x.size(2), "x", x.size(3),
-                  " is smaller than the pooling window of ", kernel, "x", kernel);
+  LPIPS_FAST_CHECK(height > 0 && width > 0, "an image of ", x.size(2), "x", x.size(3),
+                   " is smaller than the pooling window of ", kernel, "x", kernel);
   return empty_channels_last(x, height, width);
 }
 
-inline void check_pool_gradient(const torch::stable::Tensor& grad, const torch::stable::Tensor& x,
-                                const torch::stable::Tensor& y) {
-  STD_TORCH_CHECK(grad.dim() == 4 && y.dim() == 4 && grad.size(0) == x.size(0) &&
-                      grad.size(1) == x.size(1) && grad.size(2) == y.size(2) &&
-                      grad.size(3) == y.size(3) && y.size(0) == x.size(0) &&
-                      y.size(1) == x.size(1) && grad.scalar_type() == x.scalar_type() &&
-                      y.scalar_type() == x.scalar_type(),
-                  "gradient, image and pooled image do not belong together");
+inline void check_pool_gradient(Backend backend, const Tensor& grad, const Tensor& x,
+                                const Tensor& y, int64_t kernel, int64_t stride) {
+  Operands(backend).check("x", x).check("gradient", grad).check("pooled image", y);
+  const auto pooled = [&](bool ceil_mode) {
+    const int64_t height = pooled_size(x.size(2), kernel, stride, ceil_mode);
+    const int64_t width = pooled_size(x.size(3), kernel, stride, ceil_mode);
+    return height > 0 && width > 0 && has_shape(y, {x.size(0), x.size(1), height, width});
+  };
+  LPIPS_FAST_CHECK((pooled(false) || pooled(true)) && same_shape(grad, y) &&
+                       grad.scalar_type() == x.scalar_type() && y.scalar_type() == x.scalar_type(),
+                   "gradient, image and pooled image do not belong together: ",
+                   description_of(grad), ", ", description_of(x), " and ", description_of(y),
+                   " for windows of ", kernel, "x", kernel, " with a stride of ", stride);
 }
 
-inline PoolShape shape_of_pool(const torch::stable::Tensor& x, const torch::stable::Tensor& y,
-                               int64_t kernel, int64_t stride) {
+inline PoolShape shape_of_pool(const Tensor& x, const Tensor& y, int64_t kernel, int64_t stride) {
   return {x.size(1), x.size(2), x.size(3), y.size(2), y.size(3), kernel, stride};
 }
 

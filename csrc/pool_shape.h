@@ -10,7 +10,7 @@ struct PoolShape {
   int64_t channels, height, width, out_height, out_width, kernel, stride;
 };
 
-// 0 where no window fits, as torch has it.
+// 0 where no window fits, as torch has it. Kernel and stride are at most kMaxParameter (sizes.h).
 inline int64_t pooled_size(int64_t size, int64_t kernel, int64_t stride, bool ceil_mode) {
   const int64_t room = size - kernel + (ceil_mode ? stride - 1 : 0);
   if (room < 0) return 0;

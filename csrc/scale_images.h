@@ -7,37 +7,39 @@
 // `dtype`, computed in float32 (float64 for float64 images) by these operations in this order.
 #pragma once
 
-#include <vector>
-
-#include "feature_dtype.h"
-#include "stable_abi.h"
+#include "allocation.h"
+#include "checks.h"
 
 namespace lpips_fast {
 
 constexpr int64_t kImageChannels = 3;
 
-inline void check_images(const std::vector<torch::stable::Tensor>& images,
-                         const torch::stable::Tensor& shift, const torch::stable::Tensor& scale,
-                         torch::headeronly::ScalarType dtype) {
-  STD_TORCH_CHECK(!images.empty(), "expected at least one batch of images");
-  STD_TORCH_CHECK(shift.numel() == kImageChannels && scale.numel() == kImageChannels,
-                  "expected a shift and a scale for each of 3 channels");
-  STD_TORCH_CHECK(is_feature_dtype(dtype), "the result must be a floating dtype");
-  for (const torch::stable::Tensor& image : images) {
-    STD_TORCH_CHECK(image.dim() == 4 && image.size(1) == kImageChannels &&
-                        image.size(2) == images[0].size(2) && image.size(3) == images[0].size(3),
-                    "expected batches of images (N, 3, H, W) of one size");
-    STD_TORCH_CHECK(is_feature_dtype(image.scalar_type()), "images must be of a floating dtype");
+inline void check_scaling(Backend backend, const TensorList& images, const Tensor& shift,
+                          const Tensor& scale, ScalarType dtype) {
+  LPIPS_FAST_CHECK(!images.empty(), "expected at least one batch of images");
+  Operands(backend).check("images", images).check("shift", shift).check("scale", scale);
+  LPIPS_FAST_CHECK(shift.numel() == kImageChannels && scale.numel() == kImageChannels &&
+                       is_feature_dtype(shift.scalar_type()) &&
+                       is_feature_dtype(scale.scalar_type()),
+                   "expected a floating shift and scale for each of 3 channels, got ",
+                   description_of(shift), " and ", description_of(scale));
+  LPIPS_FAST_CHECK(is_feature_dtype(dtype),
+                   "the result must be float32, float64, float16 or bfloat16, got ",
+                   torch::headeronly::toString(dtype));
+  for (const Tensor& image : images) {
+    check_images("scale_images", image);
+    LPIPS_FAST_CHECK(
+        has_shape(image, {image.size(0), kImageChannels, images[0].size(2), images[0].size(3)}),
+        "expected batches of images (N, 3, H, W) of one size, got ", shape_of(image), " beside ",
+        shape_of(images[0]));
   }
 }
 
-inline torch::stable::Tensor empty_scaled_batch(const std::vector<torch::stable::Tensor>& images,
-                                                torch::headeronly::ScalarType dtype) {
+inline Tensor empty_scaled_batch(const TensorList& images, ScalarType dtype) {
   int64_t batch = 0;
-  for (const torch::stable::Tensor& image : images) batch += image.size(0);
-  return torch::stable::empty({batch, kImageChannels, images[0].size(2), images[0].size(3)}, dtype,
-                              std::nullopt, images[0].device(), std::nullopt,
-                              torch::headeronly::MemoryFormat::ChannelsLast);
+  for (const Tensor& image : images) batch = sum(batch, image.size(0));
+  return empty({batch, kImageChannels, images[0].size(2), images[0].size(3)}, dtype,
+               images[0].device(), MemoryFormat::ChannelsLast);
 }
 
 }  // namespace lpips_fast

@@ -1,7 +1,7 @@
 """LPIPS as an ONNX file, in 32-bit floats and in 8-bit integers, run by ONNX Runtime.
 
 Writes both files, holds the first against the model, and prints the distances of the example images
-by all three.
+by all three. It takes about half a minute on two cores.
 """
 
 from __future__ import annotations

@@ -2,7 +2,8 @@
 
 What the original repository's ``lpips_loss.py`` does: Adam on the pixels, with the distance to the
 target as the loss. The target is encoded once; each step costs one forward and one backward pass of
-the image. Saves one picture: the image along the way, and the distance.
+the image. Saves one picture: the image along the way, and the distance. The 300 steps take about a
+quarter of a minute on two cores.
 
 Optimise with vgg. Its first layers keep the full resolution, and the image becomes the target. The
 other two reduce it in their first layer, and the distance falls while noise of single pixels, which

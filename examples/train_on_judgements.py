@@ -4,7 +4,7 @@ Makes a small data set in the layout of BAPPS: patches, each distorted in two wa
 of which is nearer. The people who judge are simulated: they see with LPIPS's published weights and
 are less sure of small differences. Training starts from random weights, sees only what they chose,
 and should come near to what one more of them would reach. With your own images and judgements,
-only the function ``make_data`` goes.
+only the function ``make_data`` goes. It takes about half a minute on two cores.
 """
 
 from __future__ import annotations
@@ -18,6 +18,7 @@ import torch
 import torch.nn.functional as F
 from demo import RANDOM, add_arguments, find_trunk
 from torch import Tensor
+from tqdm import trange
 
 import lpips_fast
 from lpips_fast.judgements.datasets import TwoAFCDataset
@@ -62,7 +63,7 @@ def make_data(folder: Path, count: int, observer: lpips_fast.LPIPS, seed: int) -
         return
     generator = torch.Generator().manual_seed(seed)
     refs, first, second = [], [], []
-    for _ in range(count):
+    for _ in trange(count, desc=f"making {folder.name}", unit=" triplets", disable=None):
         ref = texture(generator)
         refs.append(ref)
         for side in (first, second):

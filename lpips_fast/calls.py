@@ -14,11 +14,20 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor, nn
 
+from . import kernels
 from .features import Features
 from .linear import NetLinLayer, drops
 from .scaling import ScalingLayer, scaled_batch
-from .trunk import Trunk, tap_channels
-from .trunk.legality import FastSlice, Fault, Template, call_fault, module_fault, own_fault
+from .trunk import Trunk, compiled, tap_channels
+from .trunk.legality import (
+    FastSlice,
+    Fault,
+    Template,
+    call_fault,
+    device_fault,
+    module_fault,
+    own_fault,
+)
 
 if TYPE_CHECKING:
     from .lpips import LPIPS
@@ -91,11 +100,36 @@ def prepare_call(model: LPIPS, images: Sequence[Tensor], unit_range: bool) -> Ca
     """
     like = like_of(model)
     dtype = model.dtype or like.dtype
+    if kernels.is_compiling():
+        return _compiled_call(model, unit_range, like.device, dtype)
     by_hand = None
     if call_fault(images, like.device, dtype) is None and trunk_fault(model.net) is None:
         by_hand = model.net.fast_slices(like.device, dtype)
     scales = by_hand is not None and scaling_fault(model.scaling_layer) is None
     return Call(model, unit_range, by_hand, scales)
+
+
+def _compiled_call(
+    model: LPIPS, unit_range: bool, device: torch.device, dtype: torch.dtype
+) -> Call:
+    """Under torch.compile all runs by hand, or nothing: the rest its own compiler fuses."""
+    net, scaling = model.net, model.scaling_layer
+    if (
+        device_fault(device, dtype) is not None
+        or type(net) is not Trunk
+        or compiled.is_watched(net)
+        or type(scaling) is not ScalingLayer
+        or compiled.is_watched(scaling)
+    ):
+        return Call(model, unit_range, None, False)
+    expected = dtype if kernels.autocast_dtype(device) is None else like_of(model).dtype
+    by_hand = [
+        compiled.fast_slice(block, model.net_name, number, device, expected, False)
+        for number, block in enumerate(net.slices()[: model.layers[-1] + 1], start=1)
+    ]
+    if not all(isinstance(found, FastSlice) for found in by_hand):
+        return Call(model, unit_range, None, False)
+    return Call(model, unit_range, by_hand, True)
 
 
 def fast_path(model: LPIPS) -> dict[str, str]:
@@ -161,6 +195,15 @@ def lin_fault(model: LPIPS, layer: int) -> Fault | None:
     return fault
 
 
+def _is_linear(lin: nn.Module) -> bool:
+    """The same in terms that torch.compile turns into guards."""
+    if type(lin) is not NetLinLayer or drops(lin):
+        return False
+    return not any(compiled.is_watched(module) for module in (lin, lin.model, lin.model[-1]))
+
+
 def lins_are_linear(model: LPIPS) -> bool:
     """Whether the linear layers are nothing but weights a channel: as built, without dropout."""
+    if kernels.is_compiling():
+        return not model.lpips or all(_is_linear(model.lins[k]) for k in model.layers)
     return not model.lpips or all(lin_fault(model, k) is None for k in model.layers)

@@ -2,9 +2,16 @@
 
 from __future__ import annotations
 
-from typing import Any
+import os
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 from torch import Tensor, nn
+
+from .weights import WeightsError, load_lin_weights, lpips_state_dict, read_state_dict
+
+if TYPE_CHECKING:
+    from .lpips import LPIPS
 
 
 class NetLinLayer(nn.Module):
@@ -31,6 +38,48 @@ def drops(lin: NetLinLayer) -> bool:
     """Whether a call would drop channels at random, which no fused kernel does."""
     dropout = lin.model[0]
     return isinstance(dropout, nn.Dropout) and dropout.training and dropout.p > 0
+
+
+def load_linear_weights(
+    model: LPIPS,
+    model_path: str | os.PathLike[str] | None,
+    beside_trunk: dict[str, Tensor] | None,
+    verbose: bool,
+) -> None:
+    """Loads what was learned: from a file, from the trunk's checkpoint, or from the package.
+
+    Args:
+        model_path: a file of linear weights, or a whole checkpoint.
+        beside_trunk: linear weights that the trunk's checkpoint holds too.
+        verbose: print where they come from.
+
+    Raises:
+        WeightsError: a layer's weights are missing, and would stay random without a word.
+    """
+    net, version = model.net_name, model.version
+    if model_path is not None:
+        state_dict = lpips_state_dict(read_state_dict(model_path), net, str(model_path))
+        source = str(Path(model_path).resolve())
+    elif beside_trunk is not None:
+        state_dict = beside_trunk
+        source = "the checkpoint that holds the trunk's weights"
+    else:
+        state_dict = load_lin_weights(net, version)
+        source = f"the linear weights of lpips {version}, packaged"
+    if verbose:
+        print(f"Loading model from: {source}")
+    missing, _ = model.load_state_dict(state_dict, strict=False)
+    # The same modules stand under two names; one of them is enough.
+    without = [
+        key
+        for key in missing
+        if key.startswith("lin") and key.replace("lin", "lins.", 1) in missing
+    ]
+    if without:
+        raise WeightsError(
+            f"{source} holds no linear weights for trunk {net} "
+            f"(missing {without[0]!r}); expected keys like 'lin0.model.1.weight'"
+        )
 
 
 def rename_linear_weights(

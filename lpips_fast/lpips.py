@@ -5,30 +5,22 @@ from __future__ import annotations
 import functools
 import os
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, get_args, overload
 
 import torch
 from torch import Tensor, nn
 
-from . import kernels
 from .calls import fast_path, like_of, prepare_call
 from .composed import EPS as EPS  # named by the original's submodule, too
 from .features import Features
-from .inputs import RangeNotice, as_rgb_batch, check_features, common_batch, warn_of_values
-from .linear import NetLinLayer, linear_weight, rename_linear_weights
+from .inputs import RangeNotice, as_rgb_batch, check_features, warn_of_values
+from .linear import NetLinLayer, linear_weight, load_linear_weights, rename_linear_weights
 from .normalization import Normalization, check_normalization, normalize_tensor
 from .routes import layer_distances
 from .scaling import ScalingLayer
 from .spatial import spatial_average, upsample
 from .trunk import Trunk, check_layers, minimum_size, tap_channels
-from .weights import (
-    WeightsError,
-    load_lin_weights,
-    load_trunk_and_linear_weights,
-    lpips_state_dict,
-    read_state_dict,
-)
+from .weights import load_trunk_and_linear_weights
 
 if TYPE_CHECKING:
     from .pairs.sources import Images
@@ -101,8 +93,8 @@ class LPIPS(nn.Module):
 
     >>> model = LPIPS(net="alex", pnet_rand=True, verbose=False)
     >>> image = torch.rand(2, 3, 64, 64) * 2 - 1
-    >>> model(image, image).flatten()
-    tensor([0., 0.])
+    >>> model(image, image).flatten().tolist()
+    [0.0, 0.0]
     """
 
     def __init__(
@@ -174,42 +166,11 @@ class LPIPS(nn.Module):
             self.lins = nn.ModuleList(getattr(self, f"lin{k}") for k in range(self.L))
             self.register_load_state_dict_pre_hook(rename_linear_weights)
             if pretrained:
-                self._load_lin_weights(model_path, lin_weights, verbose)
+                load_linear_weights(self, model_path, lin_weights, verbose)
         if dtype is not None:
             self.net.to(dtype)
         if eval_mode:
             self.eval()
-
-    def _load_lin_weights(
-        self,
-        model_path: str | os.PathLike[str] | None,
-        beside_trunk: dict[str, Tensor] | None,
-        verbose: bool,
-    ) -> None:
-        net = self.net_name
-        if model_path is not None:
-            state_dict = lpips_state_dict(read_state_dict(model_path), net, str(model_path))
-            source = str(Path(model_path).resolve())
-        elif beside_trunk is not None:
-            state_dict = beside_trunk
-            source = "the checkpoint that holds the trunk's weights"
-        else:
-            state_dict = load_lin_weights(net, self.version)
-            source = f"the linear weights of lpips {self.version}, packaged"
-        if verbose:
-            print(f"Loading model from: {source}")
-        missing, _ = self.load_state_dict(state_dict, strict=False)
-        # The same modules stand under two names; one of them is enough.
-        without = [
-            key
-            for key in missing
-            if key.startswith("lin") and key.replace("lin", "lins.", 1) in missing
-        ]
-        if without:
-            raise WeightsError(
-                f"{source} holds no linear weights for trunk {net} "
-                f"(missing {without[0]!r}); expected keys like 'lin0.model.1.weight'"
-            )
 
     # ------------------------------------------------------------------------ what it is now
 
@@ -297,30 +258,6 @@ class LPIPS(nn.Module):
 
     # ------------------------------------------------------------------------------- distance
 
-    def _chunked(
-        self, in0: Tensor | Features, in1: Tensor | Features, normalize: bool
-    ) -> list[Tensor]:
-        """Every layer's distance; without a graph, at most ``max_batch`` pairs at a time."""
-        images = [x for x in (in0, in1) if isinstance(x, Tensor)]
-        call = prepare_call(self, images, normalize)
-        if not kernels.has_operators():
-            return layer_distances(call, in0, in1)
-        batch = common_batch(len(in0), len(in1))
-        limit = self.max_batch or batch
-        if batch <= limit or torch.is_grad_enabled():
-            try:
-                return layer_distances(call, in0, in1)
-            except torch.OutOfMemoryError:
-                if torch.is_grad_enabled() or batch < 2:
-                    raise
-                limit = (batch + 1) // 2
-        parts = []
-        for first in range(0, batch, limit):
-            part = slice(first, first + limit)
-            pair = [x if len(x) == 1 and batch > 1 else x[part] for x in (in0, in1)]
-            parts.append(self._chunked(pair[0], pair[1], normalize))
-        return [torch.cat(layer) for layer in zip(*parts)]
-
     def _reduce(self, value: Tensor) -> Tensor:
         if self.reduction == "mean":
             return value.mean()
@@ -385,7 +322,7 @@ class LPIPS(nn.Module):
         ]
         if self.check_inputs is None:
             self._range_notice.look(pair, normalize)
-        layers = self._chunked(pair[0], pair[1], normalize)
+        layers = layer_distances(self, pair[0], pair[1], normalize)
         value = self._reduce(functools.reduce(torch.add, layers))
         return (value, [self._reduce(layer) for layer in layers]) if retPerLayer else value
 

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from . import composed, functional, kernels
-from .calls import Call, lins_are_linear, size_of
+from .calls import Call, lins_are_linear, prepare_call, size_of
 from .composed import accumulator_dtype
 from .features import Features
 from .inputs import check_same_size, common_batch
@@ -33,12 +33,41 @@ if TYPE_CHECKING:
 _STREAMED_FROM = 3 * 128 * 128
 
 
-def layer_distances(call: Call, in0: Tensor | Features, in1: Tensor | Features) -> list[Tensor]:
+def layer_distances(
+    model: LPIPS, in0: Tensor | Features, in1: Tensor | Features, normalize: bool
+) -> list[Tensor]:
     """Every layer's distance, (N, 1, 1, 1) or for ``spatial`` (N, 1, H, W).
+
+    Without a graph at most ``model.max_batch`` pairs at a time, and half as many where memory runs
+    out.
 
     Args:
         in0, in1: images (N, 3, H, W) as the model takes them, or features of it.
+        normalize: images are in [0, 1].
     """
+    call = prepare_call(model, [x for x in (in0, in1) if isinstance(x, Tensor)], normalize)
+    if not kernels.has_operators():
+        return _layers(call, in0, in1)
+    batch = common_batch(len(in0), len(in1))
+    limit = model.max_batch or batch
+    if batch <= limit or torch.is_grad_enabled():
+        try:
+            return _layers(call, in0, in1)
+        except RuntimeError as error:
+            is_too_large = kernels.is_out_of_memory(error) and batch > 1
+            if torch.is_grad_enabled() or not is_too_large:
+                raise
+            limit = (batch + 1) // 2
+    parts = []
+    for first in range(0, batch, limit):
+        part = slice(first, first + limit)
+        pair = [x if len(x) == 1 and batch > 1 else x[part] for x in (in0, in1)]
+        parts.append(layer_distances(model, pair[0], pair[1], normalize))
+    return [torch.cat(layer) for layer in zip(*parts)]
+
+
+def _layers(call: Call, in0: Tensor | Features, in1: Tensor | Features) -> list[Tensor]:
+    """The way that is taken, and why."""
     graphs = [_needs_graph(call, x) for x in (in0, in1)]
     if isinstance(in0, Tensor) and isinstance(in1, Tensor):
         check_same_size(size_of(in0), size_of(in1))
@@ -46,7 +75,7 @@ def layer_distances(call: Call, in0: Tensor | Features, in1: Tensor | Features) 
             # Modules may look at what they are given: one image, then the other, as in lpips.
             return _encoded(call, in0, in1)
         if graphs[0] == graphs[1]:
-            if graphs[0] or in0.numel() < _STREAMED_FROM:
+            if graphs[0] or in0.numel() < _STREAMED_FROM or kernels.is_compiling():
                 return _one_batch(call, in0, in1)
             return _streamed(call, in0, in1)
     if graphs[0] != graphs[1]:
@@ -102,7 +131,11 @@ def _to_target(call: Call, image: Tensor | Features, target: Tensor | Features) 
     assert call.by_hand is not None
     x = call.scaled([image])
     slices = call.by_hand[: model.layers[-1] + 1]
-    is_small = x.numel() < _STREAMED_FROM and len(slices) == len(model.layers)
+    is_small = (
+        x.numel() < _STREAMED_FROM
+        and len(slices) == len(model.layers)
+        and not kernels.is_compiling()  # which takes no list that changes
+    )
     if is_small and isinstance(target, Tensor) and len(target) == len(x):
         with torch.no_grad():
             together = [torch.cat((x, call.scaled([target])))]

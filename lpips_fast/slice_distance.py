@@ -9,13 +9,15 @@ once; behind it the slice's own backward runs without a node for every layer.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from . import composed
+from . import composed, kernels
 from .composed import EPS
+from .trunk.compiled import made_like
 from .trunk.legality import FastSlice
 from .trunk.slice_node import as_images, is_transformed, keeps_nan
 from .trunk.slices import input_gradient, plain, record, slice_layers
@@ -35,6 +37,8 @@ def slice_distance(
         weight: (C_l,) in the accumulator's dtype; may learn.
         spatial: return a map (N, 1, H_l, W_l) instead of its mean (N, 1).
     """
+    if kernels.is_compiling():
+        return _compiled(fast, as_images(x), target, weight, spatial)
     x = as_images(x)
     return _SliceDistance.apply(x, weight, target, spatial, fast.net, fast.number, *fast.parameters)
 
@@ -136,3 +140,142 @@ def _plain_gradients(
             )
         )
     return next(found) if needs[0] else None, next(found) if needs[1] else None
+
+
+# ------------------------------------------------------------------------- under torch.compile
+
+_LIBRARY = torch.library.Library("lpips_fast", "FRAGMENT")
+_LIBRARY.define(
+    "slice_distance(Tensor x, Tensor target, Tensor weight, Tensor[] parameters, str net, "
+    "int number, bool spatial) -> Tensor[]"
+)
+_LIBRARY.define(
+    "slice_distance_backward(Tensor? grad_tap, Tensor grad_distance, Tensor x, Tensor target, "
+    "Tensor weight, Tensor[] made, Tensor[] parameters, str net, int number, bool need_x, "
+    "bool need_weight) -> Tensor[]"
+)
+
+
+def _compiled(
+    fast: FastSlice,
+    x: Tensor,
+    target: Tensor | list[Tensor],
+    weight: Tensor,
+    spatial: bool,
+) -> tuple[Tensor, Tensor]:
+    value, *made = torch.ops.lpips_fast.slice_distance(
+        x, target, weight, list(fast.parameters), fast.net, fast.number, spatial
+    )
+    return made[-1], value
+
+
+def _slice_distance(
+    x: Tensor,
+    target: Tensor,
+    weight: Tensor,
+    parameters: Sequence[Tensor],
+    net: str,
+    number: int,
+    spatial: bool,
+) -> list[Tensor]:
+    """The distance, then what every layer of the slice made, the tap last."""
+    made = record(slice_layers(net, number), parameters, as_images(x), keeps_nan(number))
+    return [_distance(made[-1], target, weight, spatial), *made]
+
+
+def _slice_distance_backward(
+    grad_tap: Tensor | None,
+    grad_distance: Tensor,
+    x: Tensor,
+    target: Tensor,
+    weight: Tensor,
+    made: Sequence[Tensor],
+    parameters: Sequence[Tensor],
+    net: str,
+    number: int,
+    need_x: bool,
+    need_weight: bool,
+) -> list[Tensor]:
+    grads = torch.ops.lpips_fast.tap_backward(
+        grad_distance, grad_tap, made[-1], target, weight, EPS, need_weight
+    )
+    if not need_x:
+        return grads[1:]
+    layers = slice_layers(net, number)
+    return [input_gradient(layers, parameters, grads[0], as_images(x), made), *grads[1:]]
+
+
+for _device in ("CPU", "CUDA"):
+    _LIBRARY.impl("slice_distance", _slice_distance, _device)
+    _LIBRARY.impl("slice_distance_backward", _slice_distance_backward, _device)
+
+
+@torch.library.register_fake("lpips_fast::slice_distance")
+def _(
+    x: Tensor,
+    target: Tensor,
+    weight: Tensor,
+    parameters: Sequence[Tensor],
+    net: str,
+    number: int,
+    spatial: bool,
+) -> list[Tensor]:
+    made = made_like(x, parameters, slice_layers(net, number))
+    batch, _, height, width = made[-1].shape
+    shape = (batch, 1, height, width) if spatial else (batch, 1)
+    return [x.new_empty(shape, dtype=weight.dtype), *made]
+
+
+@torch.library.register_fake("lpips_fast::slice_distance_backward")
+def _(
+    grad_tap: Tensor | None,
+    grad_distance: Tensor,
+    x: Tensor,
+    target: Tensor,
+    weight: Tensor,
+    made: Sequence[Tensor],
+    parameters: Sequence[Tensor],
+    net: str,
+    number: int,
+    need_x: bool,
+    need_weight: bool,
+) -> list[Tensor]:
+    grads = [torch.empty_like(x, memory_format=torch.channels_last)] if need_x else []
+    return grads + ([torch.empty_like(weight)] if need_weight else [])
+
+
+def _save(ctx: Any, inputs: tuple[Any, ...], output: list[Tensor]) -> None:
+    x, target, weight, parameters, ctx.net, ctx.number, _ = inputs
+    ctx.set_materialize_grads(False)
+    ctx.made = len(output) - 1
+    ctx.save_for_backward(x, target, weight, *output, *parameters)
+
+
+def _backward(ctx: Any, grads: list[Tensor | None]) -> tuple[Any, ...]:
+    x, target, weight, value, *rest = ctx.saved_tensors
+    made, parameters = rest[: ctx.made], rest[ctx.made :]
+    need_x, need_target, need_weight = ctx.needs_input_grad[:3]
+    if need_target:
+        raise RuntimeError("slice_distance has no derivative in its target: detach it")
+    grad_distance = torch.zeros_like(value) if grads[0] is None else grads[0]
+    found = iter(
+        torch.ops.lpips_fast.slice_distance_backward(
+            grads[-1],
+            grad_distance,
+            x,
+            target,
+            weight,
+            made,
+            parameters,
+            ctx.net,
+            ctx.number,
+            need_x,
+            need_weight,
+        )
+    )
+    grad_x = next(found) if need_x else None
+    grad_weight = next(found) if need_weight else None
+    return grad_x, None, grad_weight, [None] * len(parameters), None, None, None
+
+
+torch.library.register_autograd("lpips_fast::slice_distance", _backward, setup_context=_save)

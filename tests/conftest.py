@@ -66,7 +66,7 @@ def export_runtimes_are_marked(request: pytest.FixtureRequest) -> Iterator[None]
 
 @pytest.fixture(scope="session")
 def real_weights() -> Path:
-    """A folder that holds ImageNet weights of AlexNet and SqueezeNet."""
+    """A folder that holds ImageNet weights of the trunks."""
     named = os.environ.get("LPIPS_FAST_WEIGHTS")
     folder = Path(named) if named else shared_folder("weights")
     if folder is None or not folder.is_dir():

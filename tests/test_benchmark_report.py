@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import subprocess
 import sys
 from pathlib import Path
 from typing import Any
@@ -195,3 +196,9 @@ def test_the_head_of_a_page_says_what_ran_where_and_beside_what(report) -> None:
     assert (
         told == "Some CPU, 2 cores; torch 2.13.0; load in the minute before unknown. All of them."
     )
+
+
+def test_the_tables_of_readme_and_docs_are_those_of_the_results():
+    command = [sys.executable, str(BENCHMARKS / "tables.py"), "--check"]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr

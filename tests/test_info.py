@@ -19,7 +19,8 @@ def test_every_fact_has_a_value():
 def test_says_where_weights_are(tmp_path, monkeypatch):
     monkeypatch.setenv("TORCH_HOME", str(tmp_path))
     monkeypatch.delenv("LPIPS_FAST_WEIGHTS", raising=False)
-    assert "downloaded on first use" in info.collect()["weights of alex"]
+    assert "downloaded on first use" in info.collect()["weights of vgg"]
+    assert info.collect()["weights of alex"].endswith("alex.safetensors (package)")
     file = tmp_path / "alex.features.pth"
     file.touch()
     monkeypatch.setenv("LPIPS_FAST_WEIGHTS", str(tmp_path))

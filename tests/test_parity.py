@@ -9,10 +9,14 @@ from parity import (
     LOSS_MODES,
     MODES,
     NETS,
+    PUBLISHED,
     VERSIONS,
     compare,
+    compare_on_photographs,
     image_pair,
     models,
+    photograph_crops,
+    real_models,
     relative,
 )
 
@@ -109,26 +113,58 @@ class TestInputs:
 
 
 class TestPublishedNumbers:
-    """richzhang/PerceptualSimilarity, issues 95 and 120, on the repository's example images."""
+    """The original repository's example images, with ImageNet's weights."""
 
-    @pytest.mark.parametrize(
-        ("pair", "published"),
-        [(("ref", "p0"), 0.721881), (("ref", "p1"), 0.138), (("p0", "p1"), 0.719658)],
-    )
-    def test_alex(self, real_weights, example_images, pair, published):
-        model = lpips_fast.LPIPS(net="alex", weights=real_weights, verbose=False)
-        images = [
-            lpips_fast.im2tensor(lpips_fast.load_image(str(example_images[name]))) for name in pair
-        ]
-        digits = len(str(published).split(".")[1])
-        assert round(model(*images).item(), digits) == published
+    @pytest.mark.parametrize(("net", "pair"), PUBLISHED)
+    def test_published(self, request, monkeypatch, example_images, net, pair):
+        if net == "alex":  # with nothing but the package
+            monkeypatch.delenv("LPIPS_FAST_WEIGHTS", raising=False)
+            weights = None
+        else:
+            weights = real_trunk(request.getfixturevalue("real_weights"), net)
+        model = lpips_fast.LPIPS(net=net, weights=weights, verbose=False)
+        value = model(*load(example_images, pair)).item()
+        published = PUBLISHED[net, pair]
+        assert f"{value:.{len(published.split('.')[1])}f}" == published
 
-    def test_squeeze_equals_the_original(self, real_weights, example_images, reference):
-        model = lpips_fast.LPIPS(net="squeeze", weights=real_weights, verbose=False)
-        theirs = reference.LPIPS(net="squeeze", pnet_rand=True, verbose=False)
-        theirs.load_state_dict(model.state_dict())
-        images = [
-            lpips_fast.im2tensor(lpips_fast.load_image(str(example_images[name])))
-            for name in ("ref", "p0")
-        ]
-        assert f"{model(*images).item():.6f}" == f"{theirs(*images).item():.6f}"
+    @pytest.mark.parametrize("version", VERSIONS)
+    @pytest.mark.parametrize("net", NETS)
+    def test_each_layer_equals_the_originals(
+        self, real_weights, example_images, reference, net, version
+    ):
+        ours, theirs = real_models(reference, net, version, real_trunk(real_weights, net))
+        for pair in (("ref", "p0"), ("ref", "p1"), ("p0", "p1")):
+            images = load(example_images, pair)
+            value, layers = ours(*images, retPerLayer=True)
+            expected, expected_layers = theirs(*images, retPerLayer=True)
+            assert relative(value, expected) < 1e-5
+            assert len(layers) == len(expected_layers) == len(theirs.chns)
+            for result, part in zip(layers, expected_layers):
+                assert result.shape == part.shape
+                assert relative(result, part) < 1e-5
+
+
+@pytest.mark.parametrize("net", NETS)
+def test_photographs(real_weights, reference, net):
+    pytest.importorskip("skimage", reason="the photographs are scikit-image's")
+    crops = photograph_crops(8, 48)
+    errors = compare_on_photographs(
+        reference, net, "0.1", crops, real_trunk(real_weights, net)
+    ).from_lpips
+    assert len(errors.value) == len(crops)
+    assert errors.value.max() < 1e-5
+    assert errors.layer.max() < 5e-5  # a layer's part may be near zero
+    # A gradient may go another way at a kink; not in most images.
+    assert errors.gradient.median() < 1e-3
+
+
+def load(images, names):
+    return [lpips_fast.im2tensor(lpips_fast.load_image(str(images[name]))) for name in names]
+
+
+def real_trunk(folder, net):
+    """The folder, if it holds this trunk."""
+    source = lpips_fast.weights.TRUNK_SOURCES[net]
+    if lpips_fast.weights.search.find_in_folder(source, folder) is None:
+        pytest.skip(f"no weights of {net} in the folder of real weights")
+    return folder

@@ -5,15 +5,12 @@
 #include <algorithm>
 #include <cstring>
 
-#include "../stable_abi.h"
+#include "../checks.h"
 #include "channels_last_tensors.h"
+#include "parallel.h"
 
 namespace lpips_fast {
 namespace {
-
-using torch::headeronly::MemoryFormat;
-using torch::stable::parallel_for;
-using torch::stable::Tensor;
 
 constexpr int64_t kBytesPerTask = 64 * 1024;
 
@@ -21,18 +18,31 @@ constexpr int64_t kBytesPerTask = 64 * 1024;
 // blocks' image without its first `padding` rows and columns, and zeros where it ends too soon.
 Tensor depth_to_space(Tensor blocks, int64_t stride, int64_t padding, int64_t height,
                       int64_t width) {
-  STD_TORCH_CHECK(blocks.dim() == 4 && stride >= 1 && padding >= 0 && height >= 0 && width >= 0 &&
-                      blocks.size(1) % (stride * stride) == 0,
-                  "depth_to_space takes blocks (N, stride * stride * C, H, W)");
-  blocks = torch::stable::contiguous(blocks, MemoryFormat::ChannelsLast);
+  Operands(Backend::kCPU).check("blocks", blocks);
+  const auto is_parameter = [](int64_t value, int64_t least) {
+    return value >= least && value <= kMaxParameter;
+  };
+  LPIPS_FAST_CHECK(blocks.dim() == 4 && is_feature_dtype(blocks.scalar_type()) &&
+                       is_parameter(stride, 1) && is_parameter(padding, 0) &&
+                       is_parameter(height, 0) && is_parameter(width, 0) &&
+                       blocks.size(1) % (stride * stride) == 0,
+                   "depth_to_space takes blocks (N, stride * stride * C, H, W) of float32, "
+                   "float64, float16 or bfloat16, and sizes, got ",
+                   description_of(blocks), ", a stride of ", stride, ", a padding of ", padding,
+                   " and an image of ", height, "x", width);
+  blocks = dense(blocks, MemoryFormat::ChannelsLast);
   const int64_t batch = blocks.size(0), channels = blocks.size(1) / (stride * stride);
   const int64_t rows = blocks.size(2), columns = blocks.size(3);
   const Tensor image = empty_images(batch, channels, height, width, blocks.scalar_type());
   if (image.numel() == 0) return image;
+  auto* to = static_cast<char*>(image.mutable_data_ptr());
+  if (blocks.numel() == 0) {
+    std::memset(to, 0, image.numel() * image.element_size());
+    return image;
+  }
   const int64_t position = channels * static_cast<int64_t>(blocks.element_size());
   const int64_t row_of_block = stride * position;
   const auto* from = static_cast<const char*>(blocks.const_data_ptr());
-  auto* to = static_cast<char*>(image.mutable_data_ptr());
   const int64_t grain = std::max<int64_t>(1, kBytesPerTask / (width * position));
   parallel_for(0, batch * height, grain, [&](int64_t first, int64_t last) {
     for (int64_t row = first; row < last; ++row) {

@@ -2,22 +2,25 @@
 #include "direct_cpu.h"
 
 #include <algorithm>
+#include <array>
 #include <optional>
 
+#include "../convolution.h"
 #include "channels_last_tensors.h"
 
 namespace lpips_fast {
 namespace {
 
-using torch::headeronly::ScalarType;
-using torch::stable::Tensor;
+// Numbers lie in the order of reading (direct_kernels.h); the shape says what they are for.
+std::array<int64_t, 4> packed_shape(int64_t kernel, int64_t in_channels, int64_t out_channels) {
+  return {kernel, kernel, in_channels, direct_packed_channels(out_channels)};
+}
 
 Tensor pack(Tensor weight) {
-  STD_TORCH_CHECK(weight.dim() == 4 && weight.size(2) == weight.size(3) &&
-                      weight.scalar_type() == ScalarType::Float,
-                  "direct_pack takes a float32 weight (C_out, C_in, k, k)");
-  const Tensor packed =
-      empty_floats({direct_packed_size(weight.size(2), weight.size(1), weight.size(0))});
+  check_weight_to_pack("direct_pack", weight);
+  const auto shape = packed_shape(weight.size(2), weight.size(1), weight.size(0));
+  const Tensor packed = empty_floats({shape[0], shape[1], shape[2], shape[3]});
+  if (packed.numel() == 0) return packed;
   direct_pack(static_cast<const float*>(weight.const_data_ptr()),
               {weight.stride(0), weight.stride(1), weight.stride(2), weight.stride(3)},
               weight.size(2), weight.size(1), weight.size(0),
@@ -27,25 +30,20 @@ Tensor pack(Tensor weight) {
 
 Tensor conv2d(Tensor x, Tensor packed, std::optional<Tensor> bias, bool relu, int64_t out_channels,
               int64_t kernel, int64_t stride, int64_t padding) {
-  STD_TORCH_CHECK(x.dim() == 4 && x.scalar_type() == ScalarType::Float,
-                  "direct_conv2d takes float32 images (N, C, H, W)");
-  STD_TORCH_CHECK(kernel >= 1 && stride >= 1 && padding >= 0,
-                  "expected a kernel and a stride of at least 1 and a padding");
-  STD_TORCH_CHECK(out_channels >= 1 && x.size(1) >= 1 && x.size(2) >= 1 && x.size(3) >= 1,
-                  "expected at least one channel, row and column");
-  STD_TORCH_CHECK(x.size(2) + 2 * padding >= kernel && x.size(3) + 2 * padding >= kernel,
-                  "images of ", x.size(2), "x", x.size(3), " are smaller than the kernel");
-  STD_TORCH_CHECK(!bias || (bias->dim() == 1 && bias->size(0) == out_channels &&
-                            bias->is_contiguous() && bias->scalar_type() == ScalarType::Float),
-                  "expected a contiguous float32 bias of ", out_channels, " channels");
-  x = with_dense_channels(x);
+  Operands(Backend::kCPU).check("x", x).check("packed", packed).check("bias", bias);
+  LPIPS_FAST_CHECK(x.dim() == 4 && x.scalar_type() == ScalarType::Float,
+                   "direct_conv2d takes float32 images (N, C, H, W), got ", description_of(x));
+  const ConvolutionGeometry geometry{out_channels, kernel, stride, padding};
+  check_convolution("direct_conv2d", x, geometry);
+  check_bias(bias, out_channels);
   const int64_t batch = x.size(0), channels = x.size(1);
-  const int64_t height = (x.size(2) + 2 * padding - kernel) / stride + 1;
-  const int64_t width = (x.size(3) + 2 * padding - kernel) / stride + 1;
-  const float* weights = packed_weight(packed, direct_packed_size(kernel, channels, out_channels));
+  const float* weights = direct_packed("the weight", packed, kernel, channels, out_channels);
+  x = with_dense_channels(x);
+  const int64_t height = geometry.results(x.size(2)), width = geometry.results(x.size(3));
   const Tensor y = empty_images(batch, out_channels, height, width);
   if (y.numel() == 0) return y;
   if (padding > 0) x = with_border(positions_of(x), padding, batch, channels, x.size(2), x.size(3));
+  stride = std::min(stride, std::max(x.size(2), x.size(3)));  // beyond, it steps over nothing
   direct_convolve({.width = width,
                    .kernel = kernel,
                    .stride = stride,
@@ -102,10 +100,10 @@ Tensor with_border(const Positions<const float>& images, int64_t border, int64_t
   return bordered;
 }
 
-const float* packed_weight(const Tensor& packed, int64_t size) {
-  STD_TORCH_CHECK(
-      packed.numel() == size && packed.is_contiguous() && packed.scalar_type() == ScalarType::Float,
-      "a weight was not packed for these channels");
+const float* direct_packed(const char* name, const Tensor& packed, int64_t kernel,
+                           int64_t in_channels, int64_t out_channels) {
+  const auto shape = packed_shape(kernel, in_channels, out_channels);
+  check_packed(name, packed, {shape[0], shape[1], shape[2], shape[3]});
   return static_cast<const float*>(packed.const_data_ptr());
 }
 

@@ -6,6 +6,7 @@
 
 #include "../stable_abi.h"
 #include "direct_kernels.h"
+#include "parallel.h"
 
 namespace lpips_fast {
 
@@ -16,7 +17,7 @@ void for_rows(int64_t batch, int64_t height, int64_t multiplications_per_row, co
   constexpr int64_t kMultiplicationsPerTask = 256 * 1024;
   const int64_t grain =
       std::max<int64_t>(1, kMultiplicationsPerTask / std::max<int64_t>(1, multiplications_per_row));
-  torch::stable::parallel_for(0, batch * height, grain, [&](int64_t begin, int64_t end) {
+  parallel_for(0, batch * height, grain, [&](int64_t begin, int64_t end) {
     while (begin < end) {
       const int64_t n = begin / height, first = begin % height;
       const int64_t last = std::min(height, first + end - begin);
@@ -45,7 +46,8 @@ Positions<T> part(const Positions<T>& all, int64_t border, int64_t first_channel
   return inner;
 }
 
-// The weights' address, once they are known to be what `size` says.
-const float* packed_weight(const torch::stable::Tensor& packed, int64_t size);
+// As direct_pack leaves a weight: refuses any but what convolves these channels.
+const float* direct_packed(const char* name, const torch::stable::Tensor& packed, int64_t kernel,
+                           int64_t in_channels, int64_t out_channels);
 
 }  // namespace lpips_fast

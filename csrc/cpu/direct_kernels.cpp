@@ -78,18 +78,16 @@ void convolve_count(std::integer_sequence<int, counts...>, int64_t count,
    ...);
 }
 
-int64_t in_whole_vectors(int64_t channels) { return (channels + kLanes - 1) / kLanes * kLanes; }
-
 }  // namespace
 
-int64_t direct_packed_size(int64_t kernel, int64_t in_channels, int64_t out_channels) {
-  return kernel * kernel * in_channels * in_whole_vectors(out_channels);
+int64_t direct_packed_channels(int64_t out_channels) {
+  return (out_channels + kLanes - 1) / kLanes * kLanes;
 }
 
 void direct_pack(const float* weight, const int64_t (&strides)[4], int64_t kernel,
                  int64_t in_channels, int64_t out_channels, float* packed) {
   for (int64_t c = 0; c < out_channels; c += kPanel) {
-    const int64_t width = std::min(kPanel, in_whole_vectors(out_channels - c));
+    const int64_t width = std::min(kPanel, direct_packed_channels(out_channels - c));
     for (int64_t i = 0; i < kernel; ++i)
       for (int64_t j = 0; j < kernel; ++j)
         for (int64_t k = 0; k < in_channels; ++k)

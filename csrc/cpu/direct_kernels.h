@@ -27,8 +27,9 @@ struct DirectConvolution {
   Positions<float> results;
 };
 
-// (C_out, C_in, k, k) as the kernel reads it; channels beyond C_out are zero.
-int64_t direct_packed_size(int64_t kernel, int64_t in_channels, int64_t out_channels);
+// (C_out, C_in, k, k) as the kernel reads it: k * k * C_in * direct_packed_channels(C_out) numbers,
+// of which those of channels beyond C_out are zero.
+int64_t direct_packed_channels(int64_t out_channels);
 void direct_pack(const float* weight, const int64_t (&strides)[4], int64_t kernel,
                  int64_t in_channels, int64_t out_channels, float* packed);
 

@@ -13,11 +13,10 @@
 #include "../lpips_distance.h"
 #include "dispatch.h"
 #include "distance_kernels.h"
+#include "parallel.h"
 
 namespace lpips_fast {
 namespace {
-
-using torch::stable::parallel_for;
 
 // Enough work to outweigh waking a thread, little enough to balance; its distances fit the stack.
 constexpr int64_t kElementsPerChunk = 32 * 1024;
@@ -93,7 +92,12 @@ void average(const LayerView& layer, double eps, accumulator_t<feature_t>* out,
              int64_t out_stride) {
   using acc_t = accumulator_t<feature_t>;
   const Chunks chunks(layer);
-  std::vector<double> partial(chunks.total);
+  if (layer.c == 0) {  // nothing to sum at however many positions
+    for (int64_t image = 0; image < layer.n; ++image)
+      out[image * out_stride] = static_cast<acc_t>(0.0 / static_cast<double>(layer.h * layer.w));
+    return;
+  }
+  std::vector<double> partial = zeros<double>(chunks.total);
   for_each_chunk(layer, [&](int64_t chunk, int64_t image, int64_t begin, int64_t end) {
     acc_t distance[kMaxPositionsPerChunk];
     distances_of_chunk<feature_t>(layer, image, begin, end, eps, distance);
@@ -136,8 +140,9 @@ template <typename feature_t>
 void backward(const LayerView& layer, double eps, const DistanceGradient& grad,
               const LayerGradients& out) {
   using acc_t = accumulator_t<feature_t>;
+  if (layer.c == 0) return;
   const Chunks chunks(layer);
-  std::vector<acc_t> partial_weight(out.weight ? chunks.total * layer.c : 0, acc_t(0));
+  std::vector<acc_t> partial_weight = zeros<acc_t>(out.weight ? chunks.total * layer.c : 0);
   for_each_chunk(layer, [&](int64_t chunk, int64_t image, int64_t begin, int64_t end) {
     acc_t position_grad[kMaxPositionsPerChunk];
     const acc_t* image_grad = static_cast<const acc_t*>(grad.data) + image * grad.image_stride;
@@ -170,13 +175,8 @@ void backward(const LayerView& layer, double eps, const DistanceGradient& grad,
   }
 }
 
-Tensor empty_accumulators(std::vector<int64_t> shape, const Tensor& feat) {
-  return torch::stable::empty(shape, accumulator_dtype(feat.scalar_type()), std::nullopt,
-                              feat.device());
-}
-
 Tensor distance(TensorList feats0, TensorList feats1, TensorList weights, double eps) {
-  check_layers(feats0, feats1, weights);
+  check_layers(Backend::kCPU, feats0, feats1, weights);
   const Layers layers = describe_layers(feats0, feats1, weights);
   const auto count = static_cast<int64_t>(feats0.size());
   const Tensor out = empty_accumulators({feats0[0].size(0), count}, feats0[0]);
@@ -189,7 +189,7 @@ Tensor distance(TensorList feats0, TensorList feats1, TensorList weights, double
 }
 
 TensorList distance_map(TensorList feats0, TensorList feats1, TensorList weights, double eps) {
-  check_layers(feats0, feats1, weights);
+  check_layers(Backend::kCPU, feats0, feats1, weights);
   const Layers layers = describe_layers(feats0, feats1, weights);
   TensorList maps;
   for (const LayerView& layer : layers.views) {
@@ -234,8 +234,8 @@ struct Gradients {
 
 TensorList distance_backward(Tensor grad, TensorList feats0, TensorList feats1, TensorList weights,
                              double eps, bool need_feats0, bool need_feats1, bool need_weights) {
-  check_layers(feats0, feats1, weights);
-  check_distance_gradient(grad, feats0);
+  check_layers(Backend::kCPU, feats0, feats1, weights);
+  check_distance_gradient(Backend::kCPU, grad, feats0);
   const Layers layers = describe_layers(feats0, feats1, weights);
   const Gradients out(feats0, weights, layers, need_feats0, need_feats1, need_weights);
   dispatch_feature_dtype(feats0[0].scalar_type(), [&](auto feature) {
@@ -255,15 +255,15 @@ TensorList distance_backward(Tensor grad, TensorList feats0, TensorList feats1, 
 TensorList distance_map_backward(TensorList grads, TensorList feats0, TensorList feats1,
                                  TensorList weights, double eps, bool need_feats0, bool need_feats1,
                                  bool need_weights) {
-  check_layers(feats0, feats1, weights);
-  check_map_gradients(grads, feats0);
+  check_layers(Backend::kCPU, feats0, feats1, weights);
+  check_map_gradients(Backend::kCPU, grads, feats0);
   const Layers layers = describe_layers(feats0, feats1, weights);
   const Gradients out(feats0, weights, layers, need_feats0, need_feats1, need_weights);
   dispatch_feature_dtype(feats0[0].scalar_type(), [&](auto feature) {
     using feature_t = decltype(feature);
     for (size_t l = 0; l < feats0.size(); ++l) {
       const LayerView& layer = layers.views[l];
-      const Tensor grad = torch::stable::contiguous(grads[l]);
+      const Tensor grad = dense(grads[l]);
       backward<feature_t>(layer, eps, {grad.const_data_ptr(), layer.h * layer.w, 1, 1.0},
                           out.layer(l));
     }
@@ -277,27 +277,30 @@ TensorList distance_map_backward(TensorList grads, TensorList feats0, TensorList
 TensorList tap_backward(Tensor grad, std::optional<Tensor> deeper, Tensor feat0, Tensor feat1,
                         Tensor weight, double eps, bool need_weight) {
   const TensorList feats0{feat0}, weights{weight};
-  check_layers(feats0, {feat1}, weights);
+  check_layers(Backend::kCPU, feats0, {feat1}, weights);
   const bool is_map = grad.dim() == 4;
   if (is_map) {
-    check_map_gradients({grad}, feats0);
-    grad = torch::stable::contiguous(grad);
+    check_map_gradients(Backend::kCPU, {grad}, feats0);
+    grad = dense(grad);
   } else {
-    check_distance_gradient(grad, feats0);
+    check_distance_gradient(Backend::kCPU, grad, feats0);
   }
   const Layers layers = describe_layers(feats0, {feat1}, weights);
   const LayerView& layer = layers.views[0];
-  STD_TORCH_CHECK(layer.order == MemoryOrder::kChannelsLast,
-                  "tap_backward takes channels-last features");
-  STD_TORCH_CHECK(
+  Operands(Backend::kCPU).check("the gradient from deeper layers", deeper);
+  LPIPS_FAST_CHECK(layer.order == MemoryOrder::kChannelsLast,
+                   "tap_backward takes channels-last features; call "
+                   ".contiguous(memory_format=torch.channels_last) first");
+  LPIPS_FAST_CHECK(
       !deeper || (same_shape(*deeper, feat0) && deeper->scalar_type() == feat0.scalar_type()),
-      "the gradient from deeper layers must have the features' shape and dtype");
+      "the gradient from deeper layers must have the features' shape and dtype, got ",
+      deeper ? description_of(*deeper) : "", " for ", description_of(feat0));
   const Gradients out(feats0, weights, layers, true, false, need_weight);
   LayerGradients of_layer = out.layer(0);
   of_layer.through_relu = true;
   if (deeper) {
     // Dense, as the gradient is: a run may span rows.
-    deeper = torch::stable::contiguous(*deeper, MemoryFormat::ChannelsLast);
+    deeper = dense(*deeper, MemoryFormat::ChannelsLast);
     of_layer.deeper = {deeper->const_data_ptr(), layer.h * layer.w * layer.c, 1, layer.w * layer.c,
                        layer.c};
   }

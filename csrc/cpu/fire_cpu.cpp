@@ -5,9 +5,11 @@
 //
 // Memory: reads the images once, writes the result once; the squeezed images between them, a
 // quarter or less in size, are written with the border of zeros that the 3x3 sums over.
+#include <algorithm>
 #include <optional>
 #include <tuple>
 
+#include "../convolution.h"
 #include "channels_last_tensors.h"
 #include "direct_cpu.h"
 #include "winograd_cpu.h"
@@ -15,21 +17,23 @@
 namespace lpips_fast {
 namespace {
 
-using torch::headeronly::ScalarType;
-using torch::stable::Tensor;
-
 constexpr int64_t kBorder = 1;
 
-const float* bias_pointer(const Tensor& bias) {
-  STD_TORCH_CHECK(
-      bias.dim() == 1 && bias.is_contiguous() && bias.scalar_type() == ScalarType::Float,
-      "expected contiguous float32 biases");
+const float* pointer_to(const Tensor& bias) {
   return static_cast<const float*>(bias.const_data_ptr());
 }
 
-void check_images(const Tensor& x) {
-  STD_TORCH_CHECK(x.dim() == 4 && x.scalar_type() == ScalarType::Float,
-                  "fire takes float32 images (N, C, H, W)");
+void check_fire_images(const char* name, const Tensor& x) {
+  LPIPS_FAST_CHECK(x.dim() == 4 && x.scalar_type() == ScalarType::Float, name,
+                   " must be float32 images (N, C, H, W), got ", description_of(x));
+  LPIPS_FAST_CHECK(x.size(1) >= 1 && x.size(2) >= 1 && x.size(3) >= 1, name,
+                   " must have at least one channel, row and column, got ", shape_of(x));
+}
+
+// Refuses a weight of 3x3 that was packed for other channels.
+const float* packed3x3(const char* name, const Tensor& packed, int64_t in_channels,
+                       int64_t out_channels, bool winograd) {
+  return (winograd ? winograd_packed : direct_packed)(name, packed, 3, in_channels, out_channels);
 }
 
 // A 3x3 convolution with stride 1 and a padding of 1, of which `border` is there already.
@@ -41,9 +45,8 @@ struct Convolution3x3 {
 };
 
 // By Winograd's algorithm or directly.
-void convolve3x3(const Convolution3x3& c, const Tensor& packed, bool winograd) {
+void convolve3x3(const Convolution3x3& c, const float* weights, bool winograd) {
   if (winograd) {
-    const int64_t size = winograd_packed_size(3, c.in_channels, c.out_channels);
     winograd_convolve<float>({.image = {.height = c.height,
                                         .width = c.width,
                                         .out_channels = c.out_channels,
@@ -54,7 +57,7 @@ void convolve3x3(const Convolution3x3& c, const Tensor& packed, bool winograd) {
                                         .padding = kBorder - c.border,
                                         .kernel = 3},
                               .images = c.images,
-                              .weights = packed_weight(packed, size),
+                              .weights = weights,
                               .epilogue = c.epilogue,
                               .results = c.results},
                              c.batch);
@@ -63,14 +66,13 @@ void convolve3x3(const Convolution3x3& c, const Tensor& packed, bool winograd) {
   std::optional<Tensor> bordered;
   if (c.border < kBorder)
     bordered = with_border(c.images, kBorder, c.batch, c.in_channels, c.height, c.width);
-  const int64_t size = direct_packed_size(3, c.in_channels, c.out_channels);
   direct_convolve({.width = c.width,
                    .kernel = 3,
                    .stride = 1,
                    .in_channels = c.in_channels,
                    .out_channels = c.out_channels,
                    .images = bordered ? positions_of(*bordered) : c.images,
-                   .packed = packed_weight(packed, size),
+                   .packed = weights,
                    .epilogue = c.epilogue,
                    .results = c.results},
                   c.batch, c.height);
@@ -80,26 +82,40 @@ void convolve3x3(const Convolution3x3& c, const Tensor& packed, bool winograd) {
 std::tuple<Tensor, Tensor> fire(Tensor x, Tensor squeeze, Tensor squeeze_bias, Tensor expand1x1,
                                 Tensor expand1x1_bias, Tensor expand3x3, Tensor expand3x3_bias,
                                 bool winograd) {
-  check_images(x);
-  x = with_dense_channels(x);
+  Operands(Backend::kCPU)
+      .check("x", x)
+      .check("squeeze", squeeze)
+      .check("squeeze_bias", squeeze_bias)
+      .check("expand1x1", expand1x1)
+      .check("expand1x1_bias", expand1x1_bias)
+      .check("expand3x3", expand3x3)
+      .check("expand3x3_bias", expand3x3_bias);
+  check_fire_images("x", x);
   const int64_t batch = x.size(0), height = x.size(2), width = x.size(3);
   const int64_t narrow = squeeze_bias.numel(), wide = expand1x1_bias.numel();
-  STD_TORCH_CHECK(expand3x3_bias.numel() == wide, "both expansions must have as many channels");
+  check_parameter("the number of squeezed channels", narrow, 1);
+  check_parameter("the number of expanded channels", wide, 1);
+  check_bias(squeeze_bias, narrow);
+  check_bias(expand1x1_bias, wide);
+  check_bias(expand3x3_bias, wide);
+  const float* weights = direct_packed("squeeze", squeeze, 1, x.size(1), narrow);
+  const float* weights1x1 = direct_packed("expand1x1", expand1x1, 1, narrow, wide);
+  const float* weights3x3 = packed3x3("expand3x3", expand3x3, narrow, wide, winograd);
+  x = with_dense_channels(x);
   const Tensor squeezed = empty_images(batch, narrow, height + 2 * kBorder, width + 2 * kBorder);
   const Tensor y = empty_images(batch, 2 * wide, height, width);
   if (y.numel() == 0) return {squeezed, y};
 
   const Positions<float> bordered = positions_to(squeezed), results = positions_to(y);
-  const DirectConvolution squeezing{
-      .width = width,
-      .kernel = 1,
-      .stride = 1,
-      .in_channels = x.size(1),
-      .out_channels = narrow,
-      .images = positions_of(x),
-      .packed = packed_weight(squeeze, direct_packed_size(1, x.size(1), narrow)),
-      .epilogue = {.bias = bias_pointer(squeeze_bias), .relu = true},
-      .results = part(bordered, kBorder, 0)};
+  const DirectConvolution squeezing{.width = width,
+                                    .kernel = 1,
+                                    .stride = 1,
+                                    .in_channels = x.size(1),
+                                    .out_channels = narrow,
+                                    .images = positions_of(x),
+                                    .packed = weights,
+                                    .epilogue = {.bias = pointer_to(squeeze_bias), .relu = true},
+                                    .results = part(bordered, kBorder, 0)};
   for_rows(batch, height, width * x.size(1) * narrow, [&](int64_t n, int64_t first, int64_t last) {
     clear_border(bordered, kBorder, narrow, height, width, n, first, last);
     direct_convolve_rows(squeezing, n, first, last);
@@ -112,8 +128,8 @@ std::tuple<Tensor, Tensor> fire(Tensor x, Tensor squeeze, Tensor squeeze_bias, T
                    .in_channels = narrow,
                    .out_channels = wide,
                    .images = part(images, kBorder, 0),
-                   .packed = packed_weight(expand1x1, direct_packed_size(1, narrow, wide)),
-                   .epilogue = {.bias = bias_pointer(expand1x1_bias), .relu = true},
+                   .packed = weights1x1,
+                   .epilogue = {.bias = pointer_to(expand1x1_bias), .relu = true},
                    .results = results},
                   batch, height);
   convolve3x3({.images = images,
@@ -123,9 +139,9 @@ std::tuple<Tensor, Tensor> fire(Tensor x, Tensor squeeze, Tensor squeeze_bias, T
                .width = width,
                .in_channels = narrow,
                .out_channels = wide,
-               .epilogue = {.bias = bias_pointer(expand3x3_bias), .relu = true},
+               .epilogue = {.bias = pointer_to(expand3x3_bias), .relu = true},
                .results = part(results, 0, wide)},
-              expand3x3, winograd);
+              weights3x3, winograd);
   return {squeezed, y};
 }
 
@@ -134,19 +150,30 @@ std::tuple<Tensor, Tensor> fire(Tensor x, Tensor squeeze, Tensor squeeze_bias, T
 // itself the result of a ReLU, whose derivative is applied too.
 Tensor fire_backward(Tensor grad, Tensor x, Tensor squeezed, Tensor squeeze, Tensor expand1x1,
                      Tensor expand3x3, bool through_relu, bool winograd) {
-  check_images(grad);
-  check_images(x);
-  check_images(squeezed);
+  Operands(Backend::kCPU)
+      .check("grad", grad)
+      .check("x", x)
+      .check("squeezed", squeezed)
+      .check("squeeze", squeeze)
+      .check("expand1x1", expand1x1)
+      .check("expand3x3", expand3x3);
+  check_fire_images("grad", grad);
+  check_fire_images("x", x);
+  check_fire_images("squeezed", squeezed);
+  const int64_t batch = x.size(0), height = x.size(2), width = x.size(3), channels = x.size(1);
+  const int64_t narrow = squeezed.size(1), wide = grad.size(1) / 2;
+  LPIPS_FAST_CHECK(
+      wide >= 1 && has_shape(grad, {batch, 2 * wide, height, width}) &&
+          has_shape(squeezed, {batch, narrow, height + 2 * kBorder, width + 2 * kBorder}),
+      "grad, x and squeezed do not belong together: ", shape_of(grad), ", ", shape_of(x), " and ",
+      shape_of(squeezed));
+  check_parameter("the number of channels", std::max({channels, narrow, wide}), 1);
+  const float* weights = direct_packed("squeeze", squeeze, 1, narrow, channels);
+  const float* weights1x1 = direct_packed("expand1x1", expand1x1, 1, wide, narrow);
+  const float* weights3x3 = packed3x3("expand3x3", expand3x3, wide, narrow, winograd);
   grad = with_dense_channels(grad);
   x = with_dense_channels(x);
   squeezed = with_dense_channels(squeezed);
-  const int64_t batch = x.size(0), height = x.size(2), width = x.size(3), channels = x.size(1);
-  const int64_t narrow = squeezed.size(1), wide = grad.size(1) / 2;
-  STD_TORCH_CHECK(grad.size(0) == batch && grad.size(1) == 2 * wide && grad.size(2) == height &&
-                      grad.size(3) == width && squeezed.size(0) == batch &&
-                      squeezed.size(2) == height + 2 * kBorder &&
-                      squeezed.size(3) == width + 2 * kBorder,
-                  "grad, x and squeezed do not belong together");
   const Tensor grad_x = empty_images(batch, channels, height, width);
   if (grad_x.numel() == 0) return grad_x;
 
@@ -158,7 +185,7 @@ Tensor fire_backward(Tensor grad, Tensor x, Tensor squeezed, Tensor squeeze, Ten
                    .in_channels = wide,
                    .out_channels = narrow,
                    .images = grads,
-                   .packed = packed_weight(expand1x1, direct_packed_size(1, wide, narrow)),
+                   .packed = weights1x1,
                    .epilogue = {},
                    .results = positions_to(grad_squeezed)},
                   batch, height);
@@ -172,7 +199,7 @@ Tensor fire_backward(Tensor grad, Tensor x, Tensor squeezed, Tensor squeeze, Ten
                .epilogue = {.add = positions_of(grad_squeezed),
                             .mask = part(positions_of(squeezed), kBorder, 0)},
                .results = positions_to(grad_squeezed)},
-              expand3x3, winograd);
+              weights3x3, winograd);
   ConvolutionEpilogue<float> through;
   if (through_relu) through.mask = positions_of(x);
   direct_convolve({.width = width,
@@ -181,7 +208,7 @@ Tensor fire_backward(Tensor grad, Tensor x, Tensor squeezed, Tensor squeeze, Ten
                    .in_channels = narrow,
                    .out_channels = channels,
                    .images = positions_of(grad_squeezed),
-                   .packed = packed_weight(squeeze, direct_packed_size(1, narrow, channels)),
+                   .packed = weights,
                    .epilogue = through,
                    .results = positions_to(grad_x)},
                   batch, height);

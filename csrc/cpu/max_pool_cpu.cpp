@@ -4,22 +4,21 @@
 #include "../max_pool.h"
 #include "dispatch.h"
 #include "max_pool_kernels.h"
+#include "parallel.h"
 
 namespace lpips_fast {
 namespace {
-
-using torch::stable::parallel_for;
-using torch::stable::Tensor;
 
 constexpr int64_t kElementsPerTask = 16 * 1024;
 constexpr int64_t kChannelsPerTask = 64;  // whole cache lines, so that threads do not share one
 
 Tensor max_pool2d(Tensor x, int64_t kernel, int64_t stride, bool ceil_mode) {
-  check_pool(x, kernel, stride);
-  x = channels_last(x);
+  check_pool(Backend::kCPU, x, kernel, stride);
   const Tensor y = empty_pooled(x, kernel, stride, ceil_mode);
+  if (y.numel() == 0) return y;
+  x = channels_last(x);
   const PoolShape shape = shape_of_pool(x, y, kernel, stride);
-  const int64_t row_elements = shape.out_width * shape.channels * kernel * kernel;
+  const int64_t row_elements = product({shape.out_width, shape.channels, kernel, kernel});
   dispatch_feature_dtype(x.scalar_type(), [&](auto feature) {
     using feature_t = decltype(feature);
     const auto* from = static_cast<const feature_t*>(x.const_data_ptr());
@@ -39,12 +38,13 @@ Tensor max_pool2d(Tensor x, int64_t kernel, int64_t stride, bool ceil_mode) {
 }
 
 Tensor max_pool2d_backward(Tensor grad, Tensor x, Tensor y, int64_t kernel, int64_t stride) {
-  check_pool(x, kernel, stride);
-  check_pool_gradient(grad, x, y);
+  check_pool(Backend::kCPU, x, kernel, stride);
+  check_pool_gradient(Backend::kCPU, grad, x, y, kernel, stride);
+  const Tensor grad_x = empty_channels_last(x, x.size(2), x.size(3));
+  if (grad_x.numel() == 0) return grad_x;
   grad = channels_last(grad);
   x = channels_last(x);
   y = channels_last(y);
-  const Tensor grad_x = empty_channels_last(x, x.size(2), x.size(3));
   const PoolShape shape = shape_of_pool(x, y, kernel, stride);
   const int64_t groups = (shape.channels + kChannelsPerTask - 1) / kChannelsPerTask;
   dispatch_feature_dtype(x.scalar_type(), [&](auto feature) {

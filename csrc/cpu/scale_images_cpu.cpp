@@ -8,13 +8,10 @@
 
 #include "../scale_images.h"
 #include "dispatch.h"
+#include "parallel.h"
 
 namespace lpips_fast {
 namespace {
-
-using torch::headeronly::ScalarType;
-using torch::stable::parallel_for;
-using torch::stable::Tensor;
 
 constexpr int64_t kChannels = kImageChannels;
 constexpr int64_t kBuffer = 256;            // pixels
@@ -78,12 +75,13 @@ void scale_batch(const Tensor& images, const double* shift, const double* scale,
 
 Tensor scale_images(std::vector<Tensor> images, Tensor shift, Tensor scale, bool unit_range,
                     ScalarType dtype) {
-  check_images(images, shift, scale, dtype);
+  check_scaling(Backend::kCPU, images, shift, scale, dtype);
   const auto as_double = [](const Tensor& t) {
-    return torch::stable::contiguous(torch::stable::to(t, ScalarType::Double));
+    return dense(t, MemoryFormat::Contiguous, ScalarType::Double);
   };
   const Tensor shifts = as_double(shift), scales = as_double(scale);
   const Tensor out = empty_scaled_batch(images, dtype);
+  if (out.numel() == 0) return out;
   dispatch_feature_dtype(dtype, [&](auto result) {
     using out_t = decltype(result);
     auto* to = static_cast<out_t*>(out.mutable_data_ptr());

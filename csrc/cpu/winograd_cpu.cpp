@@ -2,18 +2,17 @@
 #include "winograd_cpu.h"
 
 #include <algorithm>
+#include <array>
 #include <cstdint>
 #include <optional>
+#include <utility>
 
-#include "../feature_dtype.h"
+#include "../convolution.h"
 #include "channels_last_tensors.h"
+#include "parallel.h"
 
 namespace lpips_fast {
 namespace {
-
-using torch::headeronly::ScalarType;
-using torch::stable::parallel_for;
-using torch::stable::Tensor;
 
 // How the work is divided. Where there are many tiles, every thread takes blocks of its own through
 // all three phases, in its L2 cache, and threads meet once, at the end: on a machine that does
@@ -35,17 +34,24 @@ int64_t in_whole_panels(int64_t channels) {
   return (channels + width - 1) / width * width;
 }
 
+std::array<int64_t, 4> packed_shape(int64_t kernel, int64_t in_channels, int64_t out_channels) {
+  const int64_t width = winograd_panel_width();
+  return {winograd_elements(kernel), in_whole_panels(out_channels) / width, in_channels, width};
+}
+
 // (C_out, C_in, 3, 3) or (C_out, C_in, 5, 5) to (36 or 64, panels, C_in, width): as the products
 // read it, columns without a channel zero.
 Tensor winograd_pack(Tensor weight) {
-  STD_TORCH_CHECK(
-      weight.dim() == 4 && weight.size(2) == weight.size(3) &&
-          (weight.size(2) == 3 || weight.size(2) == 5) && weight.scalar_type() == ScalarType::Float,
-      "winograd_pack takes a float32 weight (C_out, C_in, 3, 3) or (C_out, C_in, 5, 5)");
+  check_weight_to_pack("winograd_pack", weight);
+  LPIPS_FAST_CHECK(weight.size(2) == 3 || weight.size(2) == 5,
+                   "winograd_pack takes a float32 weight (C_out, C_in, 3, 3) or (C_out, C_in, 5, "
+                   "5), got ",
+                   shape_of(weight));
   const int64_t out_channels = weight.size(0), in_channels = weight.size(1);
-  const int64_t width = winograd_panel_width(), panels = in_whole_panels(out_channels) / width;
-  const int64_t elements = winograd_elements(weight.size(2));
-  const Tensor packed = empty_floats({elements, panels, in_channels, width});
+  const auto [elements, panels, depth, width] =
+      packed_shape(weight.size(2), in_channels, out_channels);
+  const Tensor packed = empty_floats({elements, panels, depth, width});
+  if (packed.numel() == 0) return packed;
   const auto* from = static_cast<const float*>(weight.const_data_ptr());
   auto* to = static_cast<float*>(packed.mutable_data_ptr());
   const int64_t element_stride = panels * in_channels * width;
@@ -159,14 +165,9 @@ void convolve_together(const Phases<scalar_t>& phases, int64_t tiles) {
   }
 }
 
-// An argument with an element for each of the result's.
 template <typename scalar_t>
-Positions<const scalar_t> like_the_result(std::optional<Tensor>& t, const Tensor& y) {
+Positions<const scalar_t> positions_of_optional(std::optional<Tensor>& t) {
   if (!t) return {};
-  STD_TORCH_CHECK(t->dim() == 4 && t->size(0) == y.size(0) && t->size(1) == y.size(1) &&
-                      t->size(2) == y.size(2) && t->size(3) == y.size(3) &&
-                      t->scalar_type() == y.scalar_type(),
-                  "mask and add must have the shape and dtype of the result");
   t = with_dense_channels(*t);
   return positions_of<scalar_t>(*t);
 }
@@ -174,32 +175,32 @@ Positions<const scalar_t> like_the_result(std::optional<Tensor>& t, const Tensor
 Tensor winograd_conv2d(Tensor x, Tensor packed, std::optional<Tensor> bias, bool relu,
                        std::optional<Tensor> mask, int64_t out_channels, int64_t kernel,
                        int64_t stride, int64_t padding, std::optional<Tensor> add) {
-  STD_TORCH_CHECK(
+  Operands(Backend::kCPU)
+      .check("x", x)
+      .check("packed", packed)
+      .check("bias", bias)
+      .check("mask", mask)
+      .check("add", add);
+  LPIPS_FAST_CHECK(
       x.dim() == 4 && is_feature_dtype(x.scalar_type()) && x.scalar_type() != ScalarType::Double,
-      "winograd_conv2d takes float32, bfloat16 or float16 images (N, C, H, W)");
-  STD_TORCH_CHECK(stride >= 1 && padding >= 0, "expected a stride of at least 1 and a padding");
-  STD_TORCH_CHECK(out_channels >= 1 && x.size(1) >= 1 && x.size(2) >= 1 && x.size(3) >= 1,
-                  "expected at least one channel, row and column");
-  const int64_t blocks_of_kernel = (kernel + stride - 1) / stride;
-  STD_TORCH_CHECK(blocks_of_kernel == 3 || blocks_of_kernel == 5,
-                  "the kernel must be 3 or 5 times the stride, rounded up, got ", kernel);
-  STD_TORCH_CHECK(x.size(2) + 2 * padding >= kernel && x.size(3) + 2 * padding >= kernel,
-                  "images of ", x.size(2), "x", x.size(3), " are smaller than the kernel");
-  STD_TORCH_CHECK(
-      packed.numel() ==
-              winograd_packed_size(blocks_of_kernel, stride * stride * x.size(1), out_channels) &&
-          packed.is_contiguous() && packed.scalar_type() == ScalarType::Float,
-      "the weight was not packed for blocks of ", stride, "x", stride, "x", x.size(1), " to ",
-      out_channels, " channels");
-  STD_TORCH_CHECK(!bias || (bias->dim() == 1 && bias->size(0) == out_channels &&
-                            bias->is_contiguous() && bias->scalar_type() == ScalarType::Float),
-                  "expected a contiguous float32 bias of ", out_channels, " channels");
-  x = stride > 1 && column_stride(x) != x.size(1)
-          ? torch::stable::contiguous(x, torch::headeronly::MemoryFormat::ChannelsLast)
-          : with_dense_channels(x);
-  const int64_t height = (x.size(2) + 2 * padding - kernel) / stride + 1;
-  const int64_t width = (x.size(3) + 2 * padding - kernel) / stride + 1;
+      "winograd_conv2d takes float32, bfloat16 or float16 images (N, C, H, W), got ",
+      description_of(x));
+  const ConvolutionGeometry geometry{out_channels, kernel, stride, padding};
+  check_convolution("winograd_conv2d", x, geometry);
+  const int64_t blocks_of_kernel = (kernel - 1) / stride + 1;
+  LPIPS_FAST_CHECK(blocks_of_kernel == 3 || blocks_of_kernel == 5,
+                   "the kernel must be 3 or 5 times the stride, rounded up, got ", kernel,
+                   " for a stride of ", stride);
+  const float* weights = winograd_packed("the weight", packed, blocks_of_kernel,
+                                         product({stride, stride, x.size(1)}), out_channels);
+  check_bias(bias, out_channels);
+  const int64_t height = geometry.results(x.size(2)), width = geometry.results(x.size(3));
+  for (const auto& [name, t] : {std::pair("mask", &mask), std::pair("add", &add)})
+    check_like_result(name, *t, {x.size(0), out_channels, height, width}, x.scalar_type());
+  x = stride > 1 && column_stride(x) != x.size(1) ? dense(x, MemoryFormat::ChannelsLast)
+                                                  : with_dense_channels(x);
   const Tensor y = empty_images(x.size(0), out_channels, height, width, x.scalar_type());
+  if (y.numel() == 0) return y;
   const auto convolve = [&](auto scalar) {
     using scalar_t = decltype(scalar);
     winograd_convolve<scalar_t>({.image = {.height = height,
@@ -212,11 +213,11 @@ Tensor winograd_conv2d(Tensor x, Tensor packed, std::optional<Tensor> bias, bool
                                            .padding = padding,
                                            .kernel = blocks_of_kernel},
                                  .images = positions_of<scalar_t>(x),
-                                 .weights = static_cast<const float*>(packed.const_data_ptr()),
+                                 .weights = weights,
                                  .epilogue = {.bias = pointer_to(bias),
-                                              .add = like_the_result<scalar_t>(add, y),
+                                              .add = positions_of_optional<scalar_t>(add),
                                               .relu = relu,
-                                              .mask = like_the_result<scalar_t>(mask, y)},
+                                              .mask = positions_of_optional<scalar_t>(mask)},
                                  .results = positions_to<scalar_t>(y)},
                                 x.size(0));
   };
@@ -235,8 +236,11 @@ Tensor winograd_conv2d(Tensor x, Tensor packed, std::optional<Tensor> bias, bool
 
 }  // namespace
 
-int64_t winograd_packed_size(int64_t kernel, int64_t in_channels, int64_t out_channels) {
-  return winograd_elements(kernel) * in_channels * in_whole_panels(out_channels);
+const float* winograd_packed(const char* name, const Tensor& packed, int64_t kernel,
+                             int64_t in_channels, int64_t out_channels) {
+  const auto shape = packed_shape(kernel, in_channels, out_channels);
+  check_packed(name, packed, {shape[0], shape[1], shape[2], shape[3]});
+  return static_cast<const float*>(packed.const_data_ptr());
 }
 
 template <typename scalar_t>
@@ -248,7 +252,7 @@ void winograd_convolve(const WinogradConvolution<scalar_t>& convolution, int64_t
   constexpr int64_t step = kMinimumOwnTiles;
   const int64_t size =
       std::clamp(kOwnBlockFloats / phases.floats_per_tile(), step, kMaximumOwnTiles) / step * step;
-  const int64_t weights = winograd_packed_size(image.kernel, image.depth(), image.out_channels);
+  const int64_t weights = image.elements() * image.depth() * phases.columns;
   const int64_t enough = size * kOwnBlocksPerThread * torch::stable::get_num_threads();
   if (weights <= kOwnWeightFloats && tiles >= enough) {
     convolve_apart(phases, tiles, size);

@@ -1,6 +1,7 @@
 // Winograd's convolution of a batch, on all of torch's threads.
 #pragma once
 
+#include "../stable_abi.h"
 #include "winograd_kernels.h"
 
 namespace lpips_fast {
@@ -14,8 +15,9 @@ struct WinogradConvolution {
   Positions<scalar_t> results;
 };
 
-// The numbers of packed weights of kernel x kernel.
-int64_t winograd_packed_size(int64_t kernel, int64_t in_channels, int64_t out_channels);
+// As winograd_pack leaves a weight: refuses any but what convolves these channels.
+const float* winograd_packed(const char* name, const torch::stable::Tensor& packed, int64_t kernel,
+                             int64_t in_channels, int64_t out_channels);
 
 // For float, c10::BFloat16 and c10::Half.
 template <typename scalar_t>

@@ -22,11 +22,6 @@ int multiprocessors(int32_t device) {
   return count;
 }
 
-Tensor empty_accumulators(const std::vector<int64_t>& shape, const Tensor& feat) {
-  return torch::stable::empty(shape, accumulator_dtype(feat.scalar_type()), std::nullopt,
-                              feat.device());
-}
-
 // Partial sums' memory, from torch's allocator: ordered by the current stream, capturable.
 struct Workspace {
   Tensor memory;
@@ -58,7 +53,7 @@ void run_distance(Operation operation, const std::vector<LayerWork>& works, cons
 }
 
 Tensor distance(TensorList feats0, TensorList feats1, TensorList weights, double eps) {
-  check_layers(feats0, feats1, weights);
+  check_layers(Backend::kCUDA, feats0, feats1, weights);
   const DeviceGuard guard(feats0[0].get_device_index());
   const Layers layers = describe_layers(feats0, feats1, weights);
   const Tensor out =
@@ -68,7 +63,7 @@ Tensor distance(TensorList feats0, TensorList feats1, TensorList weights, double
 }
 
 TensorList distance_map(TensorList feats0, TensorList feats1, TensorList weights, double eps) {
-  check_layers(feats0, feats1, weights);
+  check_layers(Backend::kCUDA, feats0, feats1, weights);
   const DeviceGuard guard(feats0[0].get_device_index());
   const Layers layers = describe_layers(feats0, feats1, weights);
   std::vector<LayerWork> works = works_of(layers);
@@ -121,8 +116,8 @@ TensorList run_backward(std::vector<LayerWork> works, const TensorList& feats0,
 
 TensorList distance_backward(Tensor grad, TensorList feats0, TensorList feats1, TensorList weights,
                              double eps, bool need_feats0, bool need_feats1, bool need_weights) {
-  check_layers(feats0, feats1, weights);
-  check_distance_gradient(grad, feats0);
+  check_layers(Backend::kCUDA, feats0, feats1, weights);
+  check_distance_gradient(Backend::kCUDA, grad, feats0);
   const DeviceGuard guard(feats0[0].get_device_index());
   const Layers layers = describe_layers(feats0, feats1, weights);
   std::vector<LayerWork> works = works_of(layers);
@@ -138,8 +133,8 @@ TensorList distance_backward(Tensor grad, TensorList feats0, TensorList feats1, 
 TensorList distance_map_backward(TensorList grads, TensorList feats0, TensorList feats1,
                                  TensorList weights, double eps, bool need_feats0, bool need_feats1,
                                  bool need_weights) {
-  check_layers(feats0, feats1, weights);
-  check_map_gradients(grads, feats0);
+  check_layers(Backend::kCUDA, feats0, feats1, weights);
+  check_map_gradients(Backend::kCUDA, grads, feats0);
   const DeviceGuard guard(feats0[0].get_device_index());
   const Layers layers = describe_layers(feats0, feats1, weights);
   std::vector<LayerWork> works = works_of(layers);

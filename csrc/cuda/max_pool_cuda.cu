@@ -1,5 +1,4 @@
 // Torch's side of max-pooling: checks, dispatch on the dtype, the current stream, registration.
-#include "../lpips_distance.h"
 #include "../max_pool.h"
 #include "max_pool_kernels.cuh"
 #include "torch_side.h"
@@ -10,11 +9,12 @@ namespace {
 using torch::stable::accelerator::DeviceGuard;
 
 Tensor max_pool2d(Tensor x, int64_t kernel, int64_t stride, bool ceil_mode) {
-  check_pool(x, kernel, stride);
+  check_pool(Backend::kCUDA, x, kernel, stride);
   const int32_t device = x.get_device_index();
   const DeviceGuard guard(device);
-  x = channels_last(x);
   const Tensor y = empty_pooled(x, kernel, stride, ceil_mode);
+  if (y.numel() == 0) return y;
+  x = channels_last(x);
   dispatch_feature_dtype(x.scalar_type(), [&](auto feature) {
     using T = decltype(feature);
     launch_max_pool(static_cast<const T*>(x.const_data_ptr()),
@@ -26,16 +26,15 @@ Tensor max_pool2d(Tensor x, int64_t kernel, int64_t stride, bool ceil_mode) {
 }
 
 Tensor max_pool2d_backward(Tensor grad, Tensor x, Tensor y, int64_t kernel, int64_t stride) {
-  check_pool(x, kernel, stride);
-  check_pool_gradient(grad, x, y);
-  STD_TORCH_CHECK(same_device(grad, x) && same_device(y, x),
-                  "gradient, image and pooled image must be on one device");
+  check_pool(Backend::kCUDA, x, kernel, stride);
+  check_pool_gradient(Backend::kCUDA, grad, x, y, kernel, stride);
   const int32_t device = x.get_device_index();
   const DeviceGuard guard(device);
+  const Tensor grad_x = empty_channels_last(x, x.size(2), x.size(3));
+  if (grad_x.numel() == 0) return grad_x;
   grad = channels_last(grad);
   x = channels_last(x);
   y = channels_last(y);
-  const Tensor grad_x = empty_channels_last(x, x.size(2), x.size(3));
   dispatch_feature_dtype(x.scalar_type(), [&](auto feature) {
     using T = decltype(feature);
     launch_max_pool_backward(

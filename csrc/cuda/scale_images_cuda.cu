@@ -1,5 +1,4 @@
 // Torch's side of image scaling: checks, dispatch on the dtypes, the current stream, registration.
-#include "../lpips_distance.h"
 #include "../scale_images.h"
 #include "scale_images_kernels.cuh"
 #include "torch_side.h"
@@ -7,26 +6,18 @@
 namespace lpips_fast::cuda {
 namespace {
 
-// shift or scale as the kernel reads it, without a copy where it already is of that dtype.
-Tensor in_accumulator_dtype(const Tensor& t, ScalarType dtype) {
-  return torch::stable::contiguous(t.scalar_type() == dtype ? t : torch::stable::to(t, dtype));
-}
-
 Tensor scale_images_cuda(TensorList images, Tensor shift, Tensor scale, bool unit_range,
                          ScalarType dtype) {
-  check_images(images, shift, scale, dtype);
-  for (const Tensor& image : images)
-    STD_TORCH_CHECK(same_device(image, images[0]) && same_device(shift, images[0]) &&
-                        same_device(scale, images[0]),
-                    "images, shift and scale must be on one device");
+  check_scaling(Backend::kCUDA, images, shift, scale, dtype);
   const int32_t device = images[0].get_device_index();
   const torch::stable::accelerator::DeviceGuard guard(device);
   const Tensor out = empty_scaled_batch(images, dtype);
+  if (out.numel() == 0) return out;
   int64_t done = 0;
   for (const Tensor& image : images) {
     const ScalarType accumulator = accumulator_dtype(image.scalar_type());
-    const Tensor shifts = in_accumulator_dtype(shift, accumulator);
-    const Tensor scales = in_accumulator_dtype(scale, accumulator);
+    const Tensor shifts = dense(shift, MemoryFormat::Contiguous, accumulator);
+    const Tensor scales = dense(scale, MemoryFormat::Contiguous, accumulator);
     const ImageBatch batch{image.const_data_ptr(), image.size(0),   image.size(2),
                            image.size(3),          image.stride(0), image.stride(1),
                            image.stride(2),        image.stride(3)};

@@ -7,7 +7,7 @@
 #include <cuda_fp16.h>
 #include <cuda_runtime.h>
 
-#include "../stable_abi.h"
+#include "../checks.h"
 
 // Only a torch built with CUDA has this function; weak, so that the library loads in any.
 extern "C" __attribute__((weak)) AOTITorchError
@@ -16,15 +16,15 @@ aoti_torch_get_current_cuda_stream(int32_t device_index, void** ret_stream);
 namespace lpips_fast::cuda {
 
 inline void check(cudaError_t error) {
-  STD_TORCH_CHECK(error == cudaSuccess, "lpips_fast: CUDA error: ", cudaGetErrorString(error));
+  LPIPS_FAST_CHECK(error == cudaSuccess, "lpips_fast: CUDA error: ", cudaGetErrorString(error));
 }
 
 inline cudaStream_t current_stream(int32_t device) {
-  STD_TORCH_CHECK(aoti_torch_get_current_cuda_stream != nullptr,
-                  "lpips_fast: this torch is built without CUDA");
+  LPIPS_FAST_CHECK(aoti_torch_get_current_cuda_stream != nullptr,
+                   "lpips_fast: this torch is built without CUDA");
   void* stream = nullptr;
-  STD_TORCH_CHECK(aoti_torch_get_current_cuda_stream(device, &stream) == TORCH_SUCCESS,
-                  "lpips_fast: torch has no current stream for CUDA device ", device);
+  LPIPS_FAST_CHECK(aoti_torch_get_current_cuda_stream(device, &stream) == TORCH_SUCCESS,
+                   "lpips_fast: torch has no current stream for CUDA device ", device);
   return static_cast<cudaStream_t>(stream);
 }
 

@@ -6,7 +6,7 @@ and "VGG - lin": how often the metric chose as people did, of two distorted patc
 to a reference, on the validation sets of BAPPS. Its models are the paper's own; what version 0.1 of
 the weights reaches on a data set, ``lpips-fast evaluate --2afc`` tells.
 
-**Time and memory** of one pair are measured on this machine: :mod:`lpips_fast.trunk_costs`.
+**Time and memory** of one pair are measured on this machine: :mod:`.trunk_costs`.
 
 The rule: of the trunks within all limits the one with the highest score, and of those within
 :data:`NEAR` of it the fastest. Distances of different trunks cannot be compared with each other:

@@ -4,7 +4,7 @@
 for a while slows all of them.
 
 **Memory** is the weights and what one call adds at its peak, without its images
-(:mod:`lpips_fast.peak_memory`). On a CPU it takes a process of its own, and Linux. Elsewhere it is
+(:mod:`.peak_memory`). On a CPU it takes a process of its own, and Linux. Elsewhere it is
 not known.
 
 Trunks have random weights, whose speed is that of trained ones, so that nothing is downloaded.
@@ -243,7 +243,7 @@ def _memory(net: str, setting: Setting) -> float | None:
     done = subprocess.run(
         [
             sys.executable,
-            *("-W", "ignore", "-m", "lpips_fast.trunk_costs"),
+            *("-W", "ignore", "-m", "lpips_fast.choice.trunk_costs"),
             *arguments,
             str(torch.get_num_threads()),
         ],

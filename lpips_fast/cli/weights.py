@@ -64,7 +64,7 @@ def _add_weights_arguments(parser: argparse.ArgumentParser) -> None:
         "nets",
         nargs="*",
         metavar="NET",
-        choices=_NETS,
+        type=_net,  # not `choices`, which refuses that there is none
         help=f"{', '.join(TRUNKS)} or all (default); nothing is downloaded twice",
     )
     verify = add("verify", _verify, "fail unless all weights that are here are the official ones")
@@ -83,6 +83,12 @@ def _add_weights_arguments(parser: argparse.ArgumentParser) -> None:
         default=[],
         help="may be repeated (default: all)",
     )
+
+
+def _net(name: str) -> str:
+    if name not in _NETS:
+        raise argparse.ArgumentTypeError(f"{name!r} is none of {', '.join(_NETS)}")
+    return name
 
 
 def _run_weights(options: argparse.Namespace) -> None:

@@ -41,7 +41,7 @@ class Exported:
 
 
 def load_exported(path: str | os.PathLike[str], threads: int | None = None) -> Exported:
-    """Loads a file that :mod:`lpips_fast.export` or :mod:`lpips_fast.quantization` wrote.
+    """Loads a file that :mod:`lpips_fast.export` or :mod:`.quantization` wrote.
 
     Args:
         path: of the file; its suffix says the format.

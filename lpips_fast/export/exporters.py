@@ -10,12 +10,12 @@ openvino       .xml, .bin    OpenVINO                               ``lpips-fast
 coreml         .mlpackage    Core ML on Apple devices               ``lpips-fast[coreml]``
 =============  ============  =====================================  ==============================
 
-What is written is :class:`lpips_fast.portable.PortableLPIPS`: the formulas in standard operators,
+What is written is :class:`.PortableLPIPS`: the formulas in standard operators,
 in float32. The inputs are ``in0`` and ``in1``, (N, 3, H, W) float32 RGB in [-1, 1], or in [0, 1]
 with ``normalize=True``; both have one size and no other number of channels. The output is
 ``distance``, (N,), or, for a model with ``spatial=True``, ``distance_map``, (N, 1, H, W). Identical
 images give exactly 0. The file says how it was made (:class:`Record`), and
-:func:`lpips_fast.exported.check_exported` runs it beside the model.
+:func:`.check_exported` runs it beside the model.
 
 TensorRT takes the ONNX file (a dynamic axis needs its range; not run by this project)::
 
@@ -299,7 +299,7 @@ def export_program(
         batch: number of pairs, with ``dynamic="none"``.
         dynamic: which axes may change: ``"none"``, ``"batch"`` or ``"all"``, which is batch, height
             and width. Then height and width start at
-            :func:`lpips_fast.portable.smallest_dynamic_size`, a little above the model's smallest.
+            :func:`.smallest_dynamic_size`, a little above the model's smallest.
         normalize: images are in [0, 1].
         fused: keep this package's kernel for the distance. The program is smaller and faster, and
             runs where :mod:`lpips_fast` was imported.

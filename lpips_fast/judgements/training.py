@@ -8,7 +8,7 @@
 The distances of two patches to their reference go through a small network, which predicts what
 people choose (:class:`lpips_fast.BCERankingLoss`). After every step the linear weights are
 projected onto what a distance allows, w >= 0. While the trunk is frozen (mode ``lin``), it runs
-once an image and not once an image and epoch; see :mod:`lpips_fast.channel_means`.
+once an image and not once an image and epoch; see :mod:`.channel_means`.
 
 Where it departs from the trainer of lpips 0.1.4:
 
@@ -17,7 +17,7 @@ Where it departs from the trainer of lpips 0.1.4:
 - Linear weights are projected before the first step too.
 - The reference goes through the trunk once a triplet, not twice.
 - With a frozen trunk, dropout acts on channel means. Expectation and variance are those of the
-  original's dropout of single positions (:meth:`~lpips_fast.channel_means.CachedTriplets.distances`
+  original's dropout of single positions (:meth:`.CachedTriplets.distances`
   says how and why); ``cache=False`` has the original's, at the price of the trunk in every epoch.
 """
 
@@ -238,7 +238,7 @@ class Trainer:
     Attributes:
         epoch: epochs done.
         history: an :class:`EpochRecord` for each.
-        people_2afc: what one more person would reach (:func:`~lpips_fast.scoring.people_agreement`)
+        people_2afc: what one more person would reach (:func:`.people_agreement`)
             on the validation sets, or on the training set without any; known after an epoch.
     """
 

@@ -13,7 +13,9 @@ from .dispatch import (
     has_tangents,
     has_trunk_kernels,
     has_wide_vectors,
+    is_compiling,
     is_eager,
+    is_out_of_memory,
 )
 from .libraries import LOADED_LIBRARIES, WeightWatch
 
@@ -29,7 +31,9 @@ __all__ = [
     "has_tangents",
     "has_trunk_kernels",
     "has_wide_vectors",
+    "is_compiling",
     "is_eager",
+    "is_out_of_memory",
     "max_pool",
     "scale_images",
 ]

@@ -1,4 +1,4 @@
-"""Convolutions with packed weights, and bias and ReLU behind one: fake kernels.
+"""Convolutions with packed weights, and bias and ReLU behind one: fake kernels, FLOPs.
 
 They have no derivative of their own: who calls them in a graph hands on the input gradient
 (:mod:`lpips_fast.trunk.convolution`).
@@ -9,7 +9,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from . import libraries  # noqa: F401  (its import registers the schemas)
+from .registration import fake_kernel, flops, refuse_in_graph, without_derivative
 
 
 def empty_channels_last(like: Tensor, *shape: int) -> Tensor:
@@ -18,17 +18,42 @@ def empty_channels_last(like: Tensor, *shape: int) -> Tensor:
     )
 
 
+def _results(size: int, kernel: int, stride: int, padding: int) -> int:
+    return (size + 2 * padding - kernel) // stride + 1
+
+
 def _convolved(x: Tensor, kernel: int, stride: int, padding: int) -> list[int]:
-    return [(size + 2 * padding - kernel) // stride + 1 for size in x.shape[2:]]
+    torch._check(stride >= 1, lambda: f"stride must be at least 1, got {stride}")
+    return [_results(size, kernel, stride, padding) for size in x.shape[2:]]
 
 
-@torch.library.register_fake("lpips_fast::depth_to_space")
+# Channels of the results that a pass of the kernels computes, from what packing makes of none.
+_PANEL = torch.ops.lpips_fast.winograd_pack(torch.empty(0, 0, 3, 3, device="cpu")).shape[-1]
+
+
+@fake_kernel("direct_pack")
+def _(weight: Tensor) -> Tensor:
+    out_channels, in_channels, kernel, _ = weight.shape
+    vector = _PANEL // 2
+    whole = -(-out_channels // vector) * vector
+    return weight.new_empty((kernel, kernel, in_channels, whole))
+
+
+@fake_kernel("winograd_pack")
+def _(weight: Tensor) -> Tensor:
+    out_channels, in_channels, kernel, _ = weight.shape
+    elements = (kernel + 3) ** 2  # of a tile with 4 x 4 results
+    return weight.new_empty((elements, -(-out_channels // _PANEL), in_channels, _PANEL))
+
+
+@fake_kernel("depth_to_space")
 def _(blocks: Tensor, stride: int, padding: int, height: int, width: int) -> Tensor:
+    torch._check(stride >= 1, lambda: f"stride must be at least 1, got {stride}")
     channels = blocks.shape[1] // stride**2
     return empty_channels_last(blocks, blocks.shape[0], channels, height, width)
 
 
-@torch.library.register_fake("lpips_fast::direct_conv2d")
+@fake_kernel("direct_conv2d")
 def _(
     x: Tensor,
     packed: Tensor,
@@ -42,12 +67,12 @@ def _(
     return empty_channels_last(x, x.shape[0], out_channels, *_convolved(x, kernel, stride, padding))
 
 
-@torch.library.register_fake("lpips_fast::bias_relu_")
+@fake_kernel("bias_relu_")
 def _(y: Tensor, bias: Tensor) -> None:
     pass
 
 
-@torch.library.register_fake("lpips_fast::winograd_conv2d")
+@fake_kernel("winograd_conv2d")
 def _(
     x: Tensor,
     packed: Tensor,
@@ -61,3 +86,47 @@ def _(
     add: Tensor | None = None,
 ) -> Tensor:
     return empty_channels_last(x, x.shape[0], out_channels, *_convolved(x, kernel, stride, padding))
+
+
+without_derivative(
+    "depth_to_space", "direct_conv2d", "direct_pack", "winograd_conv2d", "winograd_pack"
+)
+refuse_in_graph("bias_relu_")
+
+
+def _convolution_flops(
+    x: torch.Size, out_channels: int, kernel: int, stride: int, padding: int
+) -> int:
+    batch, in_channels, *size = x
+    height, width = (_results(s, kernel, stride, padding) for s in size)
+    return 2 * batch * height * width * out_channels * in_channels * kernel**2
+
+
+@flops("direct_conv2d")
+def _(
+    x: torch.Size,
+    packed: torch.Size,
+    bias: torch.Size | None,
+    relu: bool,
+    out_channels: int,
+    kernel: int,
+    stride: int,
+    padding: int,
+) -> int:
+    return _convolution_flops(x, out_channels, kernel, stride, padding)
+
+
+@flops("winograd_conv2d")
+def _(
+    x: torch.Size,
+    packed: torch.Size,
+    bias: torch.Size | None,
+    relu: bool,
+    mask: torch.Size | None,
+    out_channels: int,
+    kernel: int,
+    stride: int,
+    padding: int,
+    add: torch.Size | None = None,
+) -> int:
+    return _convolution_flops(x, out_channels, kernel, stride, padding)

@@ -57,6 +57,11 @@ def has_tangents() -> bool:
     return torch.autograd.forward_ad._current_level >= 0
 
 
+def is_compiling() -> bool:
+    """Whether torch.compile records the call, for here: our operators stand in what it makes."""
+    return torch.compiler.is_compiling() and has_operators()
+
+
 def has_operators() -> bool:
     """Whether operators of ours may stand in what is run: eagerly, or compiled for here.
 
@@ -68,4 +73,11 @@ def has_operators() -> bool:
         or torch.jit.is_tracing()
         or torch._C._are_functorch_transforms_active()
         or has_tangents()
+    )
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether memory ran out: ``torch.OutOfMemoryError``, or on the CPU what has no class there."""
+    return isinstance(error, torch.OutOfMemoryError) or (
+        isinstance(error, RuntimeError) and "DefaultCPUAllocator: can't allocate" in str(error)
     )

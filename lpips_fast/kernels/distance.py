@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from .. import composed
-from . import libraries  # noqa: F401  (its import registers the schemas)
+from .registration import fake_kernel, flops, without_derivative
 
 
 def _empty_distance(feats: Sequence[Tensor]) -> Tensor:
@@ -26,14 +26,14 @@ def _empty_gradient(feat: Tensor, order_of: Tensor) -> Tensor:
     return torch.empty(feat.shape, dtype=feat.dtype, device=feat.device, memory_format=layout)
 
 
-@torch.library.register_fake("lpips_fast::distance")
+@fake_kernel("distance")
 def _(
     feats0: Sequence[Tensor], feats1: Sequence[Tensor], weights: Sequence[Tensor], eps: float
 ) -> Tensor:
     return _empty_distance(feats0)
 
 
-@torch.library.register_fake("lpips_fast::distance_map")
+@fake_kernel("distance_map")
 def _(
     feats0: Sequence[Tensor], feats1: Sequence[Tensor], weights: Sequence[Tensor], eps: float
 ) -> list[Tensor]:
@@ -56,11 +56,11 @@ def _fake_backward(
     return grads0 + grads1 + ([torch.empty_like(w) for w in weights] if need_weights else [])
 
 
-torch.library.register_fake("lpips_fast::distance_backward", _fake_backward)
-torch.library.register_fake("lpips_fast::distance_map_backward", _fake_backward)
+fake_kernel("distance_backward")(_fake_backward)
+fake_kernel("distance_map_backward")(_fake_backward)
 
 
-@torch.library.register_fake("lpips_fast::tap_backward")
+@fake_kernel("tap_backward")
 def _(
     grad: Tensor,
     deeper: Tensor | None,
@@ -112,12 +112,21 @@ def _save_backward_inputs(ctx, inputs, output) -> None:
 
 
 def _double_backward(formula: Callable) -> Callable:
-    """The derivative of a backward operator, by differentiating the composed formula twice."""
+    """The derivative of a backward operator, by differentiating the composed formula twice.
+
+    With a graph of its own where one is wanted, so that there are derivatives of any order.
+    """
 
     def backward(ctx, grad_grads):
-        saved = [t.detach().requires_grad_() for t in ctx.saved_tensors]
-        inputs, grad = saved[: 3 * ctx.layers], saved[3 * ctx.layers :]
+        again = torch.is_grad_enabled()
         with torch.enable_grad():
+            # Views, so that derivatives are those of this use of a tensor, not of another tensor
+            # that was made from it; new leaves where a tensor has no derivative.
+            saved = [
+                t.view_as(t) if again and t.requires_grad else t.detach().requires_grad_()
+                for t in ctx.saved_tensors
+            ]
+            inputs, grad = saved[: 3 * ctx.layers], saved[3 * ctx.layers :]
             outputs = formula(*_split(inputs, ctx.layers), ctx.eps)
             first = torch.autograd.grad(
                 outputs, inputs, grad if ctx.grad_is_list else grad[0], create_graph=True
@@ -126,7 +135,11 @@ def _double_backward(formula: Callable) -> Callable:
             asked = [g for group, need in zip(groups, ctx.needs) if need for g in group]
             pairs = [(g, gg) for g, gg in zip(asked, grad_grads) if gg is not None]
             second = torch.autograd.grad(
-                [g for g, _ in pairs], saved, [gg for _, gg in pairs], allow_unused=True
+                [g for g, _ in pairs],
+                saved,
+                [gg for _, gg in pairs],
+                create_graph=again,
+                allow_unused=True,
             )
         feats0, feats1, weights = _split(second[: 3 * ctx.layers], ctx.layers)
         grad_of_grad = list(second[3 * ctx.layers :])
@@ -156,3 +169,50 @@ for _name, _formula in (("distance", composed.distance), ("distance_map", _compo
         _double_backward(_formula),
         setup_context=_save_backward_inputs,
     )
+
+without_derivative("tap_backward")
+
+
+# ---------------------------------------------------------------------------------------- FLOPs
+
+
+def _distance_flops(feats: Sequence[torch.Size]) -> int:
+    # Of a channel at a position: its share of both norms, and of the weighted sum.
+    return sum(6 * feat.numel() for feat in feats)
+
+
+@flops("distance", "distance_map")
+def _(
+    feats0: Sequence[torch.Size],
+    feats1: Sequence[torch.Size],
+    weights: Sequence[torch.Size],
+    eps: float,
+) -> int:
+    return _distance_flops(feats0)
+
+
+@flops("distance_backward", "distance_map_backward")
+def _(
+    grad: torch.Size | Sequence[torch.Size],
+    feats0: Sequence[torch.Size],
+    feats1: Sequence[torch.Size],
+    weights: Sequence[torch.Size],
+    eps: float,
+    need_feats0: bool,
+    need_feats1: bool,
+    need_weights: bool,
+) -> int:
+    return (need_feats0 + need_feats1 + need_weights) * _distance_flops(feats0)
+
+
+@flops("tap_backward")
+def _(
+    grad: torch.Size,
+    deeper: torch.Size | None,
+    feat0: torch.Size,
+    feat1: torch.Size,
+    weight: torch.Size,
+    eps: float,
+    need_weight: bool,
+) -> int:
+    return (1 + need_weight) * _distance_flops([feat0])

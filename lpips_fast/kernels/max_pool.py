@@ -5,16 +5,16 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from . import libraries  # noqa: F401  (its import registers the schemas)
+from .registration import fake_kernel
 
 
-@torch.library.register_fake("lpips_fast::max_pool2d")
+@fake_kernel("max_pool2d")
 def _(x: Tensor, kernel: int, stride: int, ceil_mode: bool) -> Tensor:
     y = torch.nn.functional.max_pool2d(x, kernel, stride, ceil_mode=ceil_mode)
     return torch.empty_like(y, memory_format=torch.channels_last)
 
 
-@torch.library.register_fake("lpips_fast::max_pool2d_backward")
+@fake_kernel("max_pool2d_backward")
 def _(grad: Tensor, x: Tensor, y: Tensor, kernel: int, stride: int) -> Tensor:
     return torch.empty_like(x, memory_format=torch.channels_last)
 

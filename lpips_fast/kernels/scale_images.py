@@ -7,10 +7,10 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from . import libraries  # noqa: F401  (its import registers the schemas)
+from .registration import fake_kernel
 
 
-@torch.library.register_fake("lpips_fast::scale_images")
+@fake_kernel("scale_images")
 def _(
     images: Sequence[Tensor], shift: Tensor, scale: Tensor, unit_range: bool, dtype: torch.dtype
 ) -> Tensor:

@@ -1,6 +1,6 @@
 """Distances between all pairs of many images, and nearest neighbours.
 
-LPIPS is the squared Euclidean distance of vectors phi (:mod:`lpips_fast.embedding`). So N images
+LPIPS is the squared Euclidean distance of vectors phi (:mod:`.embedding`). So N images
 cost N trunk passes and matrix products, instead of a trunk pass for each image of each of N² pairs.
 
 **Precision.** ``|x|² + |y|² - 2 x·y`` cancels where x is near y. Three things hold it:
@@ -15,7 +15,7 @@ cost N trunk passes and matrix products, instead of a trunk pass for each image 
 What is not computed again has a relative error below :data:`RELATIVE_ERROR`. The matrix of images
 against themselves is symmetric to the bit and zero on the diagonal; no distance is negative.
 
-**Memory** is bounded: :mod:`lpips_fast.pairwise_plan` says what is held and what is recomputed.
+**Memory** is bounded: :mod:`.memory_plan` says what is held and what is recomputed.
 """
 
 from __future__ import annotations

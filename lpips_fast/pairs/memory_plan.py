@@ -1,6 +1,6 @@
 """What all pairs of many images cost: what is held in memory, recomputed, and spilled.
 
-phi (:mod:`lpips_fast.embedding`) has as many floats as all taps together. At 256x256 pixels:
+phi (:mod:`.embedding`) has as many floats as all taps together. At 256x256 pixels:
 
 =======  ========================  =========  ============
 net      floats an image           64 images  2,000 images

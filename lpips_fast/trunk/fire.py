@@ -45,7 +45,8 @@ class FireConvolutions(NamedTuple):
     expand3x3: Convolution
 
 
-def _is_one_call(x: Tensor) -> bool:
+def has_border(x: Tensor) -> bool:
+    """Whether :func:`record` is one call of our own, whose squeezed images have a border."""
     return x.device.type == "cpu" and kernels.has_wide_vectors() and x.dtype == torch.float32
 
 
@@ -58,7 +59,7 @@ def record(fire: FireConvolutions, x: Tensor, backend: ModuleType) -> tuple[Tens
         backend: the module whose ``convolve`` runs on the device of ``x``.
     """
     squeeze, expand1x1, expand3x3 = fire
-    if not _is_one_call(x):
+    if not has_border(x):
         squeezed = backend.convolve(squeeze, x)
         expanded = (backend.convolve(conv, squeezed) for conv in (expand1x1, expand3x3))
         return squeezed, torch.cat(tuple(expanded), dim=1)

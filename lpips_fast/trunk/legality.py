@@ -9,7 +9,7 @@ other. Identity does not matter: copies, pickles and moved models are as fast.
 from __future__ import annotations
 
 import functools
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
 
@@ -256,14 +256,19 @@ def device_fault(device: torch.device, dtype: torch.dtype) -> str | None:
         return None if dtype in CUDA_DTYPES else f"there are no kernels for {dtype} on CUDA"
     if kind != "cpu":
         return f"there are no kernels for {kind}"
+    return None if dtype in CPU_DTYPES else f"there are no kernels for {dtype} on this CPU"
+
+
+def _cpu_dtypes() -> frozenset[torch.dtype]:
     if not torch.backends.mkldnn.is_available():
-        return "this torch has no oneDNN"
+        return frozenset()
     mkldnn = torch.ops.mkldnn
-    is_served: Mapping[torch.dtype, Any] = {
-        torch.float32: lambda: True,
-        torch.bfloat16: mkldnn._is_mkldnn_bf16_supported,
-        torch.float16: mkldnn._is_mkldnn_fp16_supported,
+    served = {
+        torch.float32: True,
+        torch.bfloat16: mkldnn._is_mkldnn_bf16_supported(),
+        torch.float16: mkldnn._is_mkldnn_fp16_supported(),
     }
-    if dtype not in is_served or not is_served[dtype]():
-        return f"there are no kernels for {dtype} on this CPU"
-    return None
+    return frozenset(dtype for dtype, is_served in served.items() if is_served)
+
+
+CPU_DTYPES = _cpu_dtypes()

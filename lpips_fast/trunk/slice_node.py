@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from .. import kernels
+from . import compiled
 from .legality import FastSlice
 from .slices import input_gradient, plain, record, run, slice_layers
 
@@ -32,6 +33,8 @@ def slice_tap(fast: FastSlice, images: Tensor | list[Tensor]) -> Tensor:
     """
     if isinstance(images, Tensor):
         images = [images]
+    if kernels.is_compiling():
+        return compiled.tap(fast, images.pop())
     images[0] = as_images(images[0])
     if torch.is_grad_enabled() and images[0].requires_grad:
         return _SliceTap.apply(images.pop(), fast.net, fast.number, *fast.parameters)

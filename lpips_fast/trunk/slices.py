@@ -8,7 +8,6 @@ computes is what the layers of the table compute when they are called one by one
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Sequence
 from types import ModuleType
 
@@ -20,17 +19,25 @@ from . import convolution, cuda_convolution, fire
 from .convolution import Convolution
 from .fire import FireConvolutions
 from .packing import packed_weight
-from .table import Conv, Fire, Layer, MaxPool, ReLU, trunk_spec
+from .table import TRUNKS, Conv, Fire, Layer, MaxPool, ReLU, TrunkSpec
 
 
-@functools.cache
+def _layers_of_slices(spec: TrunkSpec) -> list[tuple[Layer, ...]]:
+    ends = list(spec.taps.values())
+    starts = [0, *(end + 1 for end in ends)]
+    return [
+        tuple(layer for layer in spec.layers[start : end + 1] if not isinstance(layer, ReLU))
+        for start, end in zip(starts, ends)
+    ]
+
+
+# A table, not a cached function, which torch.compile warns of.
+_LAYERS = {net: _layers_of_slices(spec) for net, spec in TRUNKS.items()}
+
+
 def slice_layers(net: str, number: int) -> tuple[Layer, ...]:
     """The layers of slice ``number`` (from 1) of a trunk, ReLUs behind convolutions left out."""
-    spec = trunk_spec(net)
-    ends = list(spec.taps.values())
-    first = ends[number - 2] + 1 if number > 1 else 0
-    layers = spec.layers[first : ends[number - 1] + 1]
-    return tuple(layer for layer in layers if not isinstance(layer, ReLU))
+    return _LAYERS[net][number - 1]
 
 
 def plain(layers: Sequence[Layer], parameters: Sequence[Tensor], x: Tensor) -> Tensor:

@@ -28,10 +28,10 @@ MIRROR_VARIABLE = "LPIPS_FAST_MIRROR"
 
 #: Seconds without a byte after which a server is given up.
 SILENCE = 20.0
-#: Bytes a second that are expected of a slow line: half a megabit. With the minute, the time of
-#: both tries together.
-SLOW_LINE = 64 * 1024
+#: Seconds and bytes a second that are allowed to both tries together: a line of half a megabit
+#: suffices.
 PATIENCE = 60.0
+SLOW_LINE = 60_000
 TRIES = 2
 PAUSE = 1.0
 
@@ -89,13 +89,19 @@ def download(source: TrunkSource, path: Path, progress: bool) -> None:
 def _receive(url: str, source: TrunkSource, file: BinaryIO, end: float, progress: bool) -> None:
     transfer = _Transfer(url, source, file)
     bar = tqdm(
-        total=source.size, unit="B", unit_scale=True, unit_divisor=1024, disable=not progress
+        total=source.size,
+        unit="B",
+        unit_scale=True,
+        unit_divisor=1024,
+        mininterval=0.5,
+        disable=not progress,
     )
     with bar:
         transfer.start()
         try:
             while not transfer.finished.wait(0.1):
-                bar.update(transfer.received - bar.n)
+                if transfer.received > bar.n:
+                    bar.update(transfer.received - bar.n)
                 now = time.monotonic()
                 if now - transfer.heard > SILENCE:
                     raise DownloadError(f"no byte came for {SILENCE:.0f} s")
@@ -148,7 +154,8 @@ class _Transfer(threading.Thread):
     def _run(self) -> None:
         size, digest = self._source.size, hashlib.sha256()
         request = urllib.request.Request(self._url, headers={"User-Agent": "lpips-fast"})
-        with urllib.request.urlopen(request, timeout=SILENCE) as response:
+        opener = urllib.request.build_opener()  # urlopen's own keeps the proxies of its first call
+        with opener.open(request, timeout=SILENCE) as response:
             offered = response.headers.get("Content-Length")
             if offered is not None and offered.strip() != str(size):
                 raise DownloadError(

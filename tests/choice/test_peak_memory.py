@@ -20,7 +20,7 @@ def test_the_peak_counts_and_not_the_end(run_python: Any) -> None:
     report = run_python(
         """
         import torch
-        from lpips_fast.peak_memory import added_at_peak
+        from lpips_fast.choice.peak_memory import added_at_peak
 
         cpu = torch.device("cpu")
         mebibyte = lambda n: torch.ones(n * 2**18)

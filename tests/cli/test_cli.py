@@ -311,10 +311,10 @@ def test_weights_that_are_nowhere_list_the_ways(
     monkeypatch.setenv("TORCH_HOME", str(tmp_path))
     monkeypatch.setenv("LPIPS_FAST_OFFLINE", "1")
     monkeypatch.delenv("LPIPS_FAST_WEIGHTS", raising=False)
-    code, out, err = run(*images)
+    code, out, err = run(*images, "--net", "vgg")
     assert (code, out) == (1, "")
     assert err.startswith("lpips-fast: error: ")
-    assert "alexnet-owt-7be5be79.pth" in err and "Traceback" not in err
+    assert "--weights /path/to/vgg16-397923af.pth" in err and "Traceback" not in err
     assert err.count("\n") > 2
 
 

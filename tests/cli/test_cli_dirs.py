@@ -269,7 +269,7 @@ def test_a_folder_that_vanishes_ends_the_run_and_it_goes_on_later(
     whole, output = tmp_path / "whole.csv", tmp_path / "out.csv"
     arguments = ("dirs", a, b, RANDOM, "--workers", 1)
     assert call(*arguments, "-o", whole) == 0
-    append = lpips_fast.results.ResultFile.append
+    append = lpips_fast.folders.results.ResultFile.append
 
     def append_and_unmount(self, *rows):
         append(self, *rows)
@@ -277,7 +277,7 @@ def test_a_folder_that_vanishes_ends_the_run_and_it_goes_on_later(
             b.rename(tmp_path / "elsewhere")
 
     with monkeypatch.context() as patch:
-        patch.setattr(lpips_fast.results.ResultFile, "append", append_and_unmount)
+        patch.setattr(lpips_fast.folders.results.ResultFile, "append", append_and_unmount)
         capsys.readouterr()
         code = call(*arguments, "-o", output)
     assert_failed(

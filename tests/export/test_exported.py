@@ -140,7 +140,7 @@ def test_signals_arrive_after_a_network_went_on_another_thread(tmp_path, run_pyt
         f"""
         import faulthandler, signal, threading
         import torch
-        from lpips_fast.exported import load_exported
+        from lpips_fast.export.exported import load_exported
 
         faulthandler.enable()  # handlers of Python run on a signal stack, if there is one
         signal.signal(signal.SIGUSR1, lambda *_: print("arrived"))

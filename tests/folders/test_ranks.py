@@ -39,7 +39,7 @@ def test_alone_there_is_one_rank() -> None:
         assert ranks.broadcast("value") == "value"
         chunks = [range(2), range(2, 3)]
         assert ranks.share(chunks) == chunks
-        rows = [[lpips_fast.evaluation.Row("a", (0.5,))]]
+        rows = [[lpips_fast.folders.evaluating.Row("a", (0.5,))]]
         assert list(ranks.gather(iter(rows), 1)) == rows
         assert ranks.device(torch.device("cuda")) == torch.device("cuda")
     assert not dist.is_initialized()

@@ -92,8 +92,11 @@ def test_empty_batch():
         (lambda x, w: convolve(x[:, :2], w), "not packed for these channels"),
         (lambda x, w: convolve(x, w, torch.randn(3)), "float32 bias of 8"),
         (lambda x, w: convolve(x[:, :, :0], w, padding=2), "at least one channel, row"),
-        (lambda x, w: convolve(x, w, stride=0), "a stride of at least 1"),
-        (lambda x, w: convolve(x[:, :, :2], w), "2x5 are smaller than the kernel"),
+        (lambda x, w: convolve(x, w, stride=0), "stride must be at least 1"),
+        (
+            lambda x, w: convolve(x[:, :, :2], w),
+            "2x5 with a padding of 0 are smaller than the kernel",
+        ),
         (lambda x, w: OPS.direct_pack(w[..., :2]), r"\(C_out, C_in, k, k\)"),
     ],
 )

@@ -107,7 +107,7 @@ class TestLoading:
         result = run_python(
             """
             import torch, sys
-            from lpips_fast import functional, ops
+            from lpips_fast import functional, kernels
             print(kernels.LOADED_LIBRARIES[0])
             torch.manual_seed(0)
             for dtype in (torch.float32, torch.float64, torch.bfloat16, torch.float16):

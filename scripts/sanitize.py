@@ -1,0 +1,135 @@
+"""Runs the kernels and the operators under AddressSanitizer and UndefinedBehaviorSanitizer.
+
+    python scripts/sanitize.py              # drivers and a slice of the operators' fuzzer
+    python scripts/sanitize.py tests        # all tests, or those named, under the sanitizers
+
+First two C++ drivers (tests/sanitize): the torch-free kernels of csrc/cpu on memory that is exactly
+as large as they may touch, and the launch plans of csrc/cuda. Then the extension, built with the
+sanitizers for this machine's instruction set into build/sanitize, under the tests that call every
+operator with arguments as they should not be. The first finding ends the run: exit code 1.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import shutil
+import subprocess
+import sys
+import time
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import torch
+from torch.utils import cpp_extension
+
+REPOSITORY = Path(__file__).resolve().parents[1]
+BUILD = REPOSITORY / "build" / "sanitize"
+SANITIZERS = ["-fsanitize=address,undefined", "-fno-sanitize-recover=all", "-O1", "-g"]
+FLAGS = ["-std=c++20", "-Wall", "-Wextra", "-Wno-psabi", "-ffp-contract=off"]
+CAPABILITIES = {
+    "DEFAULT": [],
+    "AVX2": ["-mavx2", "-mfma", "-mf16c"],
+    "AVX512": ["-mavx512f", "-mavx512bw", "-mavx512vl", "-mavx512dq", "-mfma", "-mf16c"],
+}
+FUZZED = ["tests/kernels/test_operator_arguments.py"]
+
+
+def compiler() -> str:
+    found = shutil.which(os.environ.get("CXX", "g++").split()[0])
+    if found is None:
+        sys.exit("the sanitizers need g++, and there is none")
+    return found
+
+
+def run(command: list[str], **environment: str) -> None:
+    done = subprocess.run(command, cwd=REPOSITORY, env={**os.environ, **environment})
+    if done.returncode != 0:
+        sys.exit(1)
+
+
+def compile_drivers(jobs: int) -> list[Path]:
+    """The drivers' paths: of the kernels in this machine's instruction set, and of the plans."""
+    capability = torch.backends.cpu.get_cpu_capability()
+    if capability not in CAPABILITIES:
+        capability = "DEFAULT"
+    vectors = [
+        *CAPABILITIES[capability],
+        f"-DCPU_CAPABILITY={capability}",
+        f"-DCPU_CAPABILITY_{capability}=1",
+        *(f"-isystem{path}" for path in cpp_extension.include_paths()),
+    ]
+    kernels = sorted((REPOSITORY / "csrc" / "cpu").glob("*_kernels.cpp"))
+    drivers = REPOSITORY / "tests" / "sanitize"
+    sources = [*kernels, drivers / "cpu_kernels.cpp", drivers / "launch_plans.cpp"]
+    BUILD.mkdir(parents=True, exist_ok=True)
+
+    def compiled(source: Path) -> str:
+        target = BUILD / f"{source.stem}.o"
+        run([compiler(), *SANITIZERS, *FLAGS, *vectors, "-c", str(source), "-o", str(target)])
+        return str(target)
+
+    with ThreadPoolExecutor(jobs) as pool:
+        *of_kernels, of_plans = pool.map(compiled, sources)
+    linked = []
+    for name, objects in (("cpu_kernels", of_kernels), ("launch_plans", [of_plans])):
+        linked.append(BUILD / name)
+        run([compiler(), *SANITIZERS, *objects, "-o", str(linked[-1])])
+    return linked
+
+
+def build_extension(jobs: int) -> Path:
+    """The package with its extension under the sanitizers, beside the usual one."""
+    package = BUILD / "package"
+    command = [sys.executable, "setup.py", "--quiet", "build"]
+    command += ["--build-base", str(BUILD / "base"), "--build-lib", str(package)]
+    run(command, LPIPS_FAST_SANITIZE="1", LPIPS_FAST_CUDA="0", MAX_JOBS=str(jobs))
+    return package
+
+
+def run_tests(package: Path, tests: list[str]) -> None:
+    """pytest on the package under the sanitizers, whose runtime Python itself does not have."""
+    find = [compiler(), "-print-file-name=libasan.so"]
+    runtime = subprocess.run(find, capture_output=True, text=True, check=True).stdout.strip()
+    options = {
+        "detect_leaks": "0",  # Python's and torch's own, of the whole process
+        "allocator_may_return_null": "1",  # an absurd size is refused, as without the sanitizer
+        "max_allocation_size_mb": "3072",
+        "abort_on_error": "0",
+    }
+    run(
+        [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", *tests],
+        LD_PRELOAD=runtime,
+        ASAN_OPTIONS=":".join(f"{key}={value}" for key, value in options.items()),
+        UBSAN_OPTIONS="print_stacktrace=1",
+        PYTHONPATH=str(package),
+        LPIPS_FAST_SANITIZED="1",
+    )
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.split("\n", 1)[0])
+    parser.add_argument("tests", nargs="*", help="tests to run in place of the fuzzer's slice")
+    parser.add_argument("--rounds", type=int, default=200, help="of the kernels' driver")
+    parser.add_argument("--jobs", type=int, default=os.cpu_count() or 1, help="compilers at once")
+    options = parser.parse_args()
+
+    began = time.perf_counter()
+
+    def report(what: str) -> None:
+        print(f"{time.perf_counter() - began:6.1f} s  {what}", flush=True)
+
+    if not options.tests:
+        kernels, plans = compile_drivers(options.jobs)
+        report("drivers compiled")
+        run([str(kernels), str(options.rounds)])
+        run([str(plans), str(100 * options.rounds)])
+        report("drivers ran")
+    package = build_extension(options.jobs)
+    report("extension built")
+    run_tests(package, options.tests or FUZZED)
+    report("tests ran: the sanitizers found nothing")
+
+
+if __name__ == "__main__":
+    main()
