@@ -90,14 +90,15 @@ def _scales_gradients(call: Call, *arguments: Tensor | Features) -> bool:
 def _with_scaled_gradients(
     call: Call, in0: Tensor | Features, in1: Tensor | Features
 ) -> list[Tensor]:
-    model, pair = call.model, [in0, in1]
+    model = call.model
+    pair: list[Tensor | Features] = [in0, in1]
     learning = {k: model.layer_weight(k) for k in model.layers} if model.lpips else {}
     learning = {k: weight for k, weight in learning.items() if weight.requires_grad}
-    places = [k for k, x in enumerate(pair) if isinstance(x, Tensor) and x.requires_grad]
-    entered, token = gradient_scaling.enter([*(pair[k] for k in places), *learning.values()])  # type: ignore[misc]
-    for k, image in zip(places, entered):
+    images = {k: x for k, x in enumerate(pair) if isinstance(x, Tensor) and x.requires_grad}
+    entered, token = gradient_scaling.enter([*images.values(), *learning.values()])
+    for k, image in zip(images, entered):
         pair[k] = image
-    call = dataclasses.replace(call, weights=dict(zip(learning, entered[len(places) :])))
+    call = dataclasses.replace(call, weights=dict(zip(learning, entered[len(images) :])))
     layers = _layers(call, pair[0], pair[1])
     height, width = size_of(entered[0])
     shapes = tap_shapes(model.net_name, (height, width))
@@ -257,11 +258,11 @@ def compare(
         return [upsample(m, size) if model.spatial else spatial_average(m) for m in maps]
     pairs = [_broadcast(a, b) for a, b in zip(taps0, taps1)]
     taps0, taps1 = [a for a, _ in pairs], [b for _, b in pairs]
-    options = {"normalization": model.normalization}
+    normalization = model.normalization
     if model.spatial:
-        maps = functional.distance_map(taps0, taps1, weights, **options)
+        maps = functional.distance_map(taps0, taps1, weights, normalization=normalization)
         return [upsample(m, size) for m in maps]
-    distances = functional.distance(taps0, taps1, weights, **options)
+    distances = functional.distance(taps0, taps1, weights, normalization=normalization)
     return [d.view(-1, 1, 1, 1) for d in distances.unbind(dim=1)]
 
 

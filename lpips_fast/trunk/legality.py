@@ -84,7 +84,7 @@ class Template:
         self.buffers = tuple(module._buffers)
         self.children = tuple((k, Template(m)) for k, m in module._modules.items() if m is not None)
         self.child_names = tuple(k for k, _ in self.children)
-        self.check = kernels.ModuleCheck(
+        self.check: kernels.ModuleCheck = kernels.ModuleCheck(
             self.kind,
             tuple(attributes),
             self.configuration,
