@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from . import kernels
 from .features import Features
-from .linear import NetLinLayer, dropout_rate, drops
+from .linear import NetLinLayer, drops
 from .scaling import ScalingLayer, scaled_batch
 from .trunk import Trunk, compiled, tap_channels
 from .trunk.detached import call_detached
@@ -43,6 +43,7 @@ class Call:
         by_hand: of each slice, what runs it, or why it is called as a module; ``None``: nothing
             may, whatever the modules are.
         scales: whether the scaling layer is as built, so that one kernel stands for it.
+        linear: whether the linear layers are weights a channel, which the kernels take.
         weights: by layer, what stands for its linear weights in this call.
     """
 
@@ -50,6 +51,7 @@ class Call:
     unit_range: bool
     by_hand: list[FastSlice | Fault] | None
     scales: bool
+    linear: bool
     weights: Mapping[int, Tensor] = field(default_factory=dict)
 
     @property
@@ -111,14 +113,16 @@ def prepare_call(model: LPIPS, images: Sequence[Tensor], unit_range: bool) -> Ca
     if call_fault(images, like.device, dtype) is None and trunk_fault(model.net) is None:
         by_hand = model.net.fast_slices(like.device, dtype, model.frozen)
     scales = by_hand is not None and scaling_fault(model.scaling_layer) is None
-    return Call(model, unit_range, by_hand, scales)
+    # Under transforms nothing is asked of the layers: they are called.
+    linear = kernels.has_operators() and lins_are_linear(model)
+    return Call(model, unit_range, by_hand, scales, linear)
 
 
 def _compiled_call(
     model: LPIPS, unit_range: bool, device: torch.device, dtype: torch.dtype
 ) -> Call:
     """Under torch.compile all runs by hand, or nothing: the rest its own compiler fuses."""
-    net, scaling = model.net, model.scaling_layer
+    net, scaling, linear = model.net, model.scaling_layer, lins_are_linear(model)
     if (
         device_fault(device, dtype) is not None
         or type(net) is not Trunk
@@ -126,15 +130,15 @@ def _compiled_call(
         or type(scaling) is not ScalingLayer
         or compiled.is_watched(scaling)
     ):
-        return Call(model, unit_range, None, False)
+        return Call(model, unit_range, None, False, linear)
     expected = dtype if kernels.autocast_dtype(device) is None else like_of(model).dtype
     by_hand = [
         compiled.fast_slice(block, model.net_name, number, device, expected, model.frozen)
         for number, block in enumerate(net.slices()[: model.layers[-1] + 1], start=1)
     ]
     if not all(isinstance(found, FastSlice) for found in by_hand):
-        return Call(model, unit_range, None, False)
-    return Call(model, unit_range, by_hand, True)
+        return Call(model, unit_range, None, False, linear)
+    return Call(model, unit_range, by_hand, True, linear)
 
 
 def fast_path(model: LPIPS) -> dict[str, str]:
@@ -154,7 +158,7 @@ def fast_path(model: LPIPS) -> dict[str, str]:
 
 def like_of(model: LPIPS) -> Tensor:
     """A tensor on the model's device, of the dtype that images are scaled in."""
-    shift = getattr(model.scaling_layer, "shift", None)
+    shift = model.scaling_layer._buffers.get("shift")
     return shift if isinstance(shift, Tensor) else next(model.parameters())
 
 
@@ -200,12 +204,21 @@ def _lin_template(channels: int, dropout: float | None) -> Template:
 
 def lin_fault(model: LPIPS, layer: int) -> Fault | None:
     """Why a linear layer is called as a module, instead of the kernels taking its weights."""
-    lin = model.lins[layer]
-    dropout = dropout_rate(lin) if type(lin) is NetLinLayer else None
-    fault = module_fault(lin, _lin_template(model.chns[layer], dropout), [])
-    if fault is None and drops(lin):  # type: ignore[arg-type]
+    lins = model.lins
+    # Not by index, which costs more than the comparison.
+    lin = lins._modules.get(str(layer)) if type(lins) is nn.ModuleList else lins[layer]
+    dropout = _dropout(lin) if type(lin) is NetLinLayer else None
+    rate = None if dropout is None else dropout.p
+    fault = module_fault(lin, _lin_template(model.chns[layer], rate), [])  # type: ignore[arg-type]
+    if fault is None and dropout is not None and dropout.training and rate:
         return Fault("", "drops channels in training mode")
     return fault
+
+
+def _dropout(lin: nn.Module) -> nn.Dropout | None:
+    inner = lin._modules.get("model")
+    first = None if inner is None else next(iter(inner._modules.values()), None)
+    return first if isinstance(first, nn.Dropout) else None
 
 
 def _is_linear(lin: nn.Module) -> bool:

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from . import composed, functional, gradient_scaling, kernels
-from .calls import Call, lins_are_linear, prepare_call, run, size_of
+from .calls import Call, prepare_call, run, size_of
 from .composed import accumulator_dtype
 from .features import Features
 from .inputs import check_same_size, common_batch
@@ -75,7 +75,7 @@ def _scales_gradients(call: Call, *arguments: Tensor | Features) -> bool:
 
     A trunk in float16, as built, whose features nobody else has a graph of.
     """
-    if not torch.is_grad_enabled() or not call.is_as_built or not lins_are_linear(call.model):
+    if not torch.is_grad_enabled() or not call.is_as_built or not call.linear:
         return False
     by_hand = call.by_hand[0]  # type: ignore[index]
     assert isinstance(by_hand, FastSlice)
@@ -167,7 +167,7 @@ def _streamed_taps(call: Call, in0: Tensor, in1: Tensor) -> Iterator[tuple[Tenso
 def _to_target(call: Call, image: Tensor | Features, target: Tensor | Features) -> list[Tensor]:
     """An image that wants a gradient, to a target that wants none: one node a slice."""
     model = call.model
-    fused = model.normalization == "l2" and not model.checkpoint and lins_are_linear(model)
+    fused = model.normalization == "l2" and not model.checkpoint and call.linear
     if not isinstance(image, Tensor) or not call.is_as_built or not fused:
         return _encoded(call, image, _without_graph(call, target))
     assert call.by_hand is not None
@@ -241,7 +241,7 @@ def compare(
     layers = model.layers[first : first + len(taps0)]
     eps = composed.EPS
     # Outside our operators shapes may be symbols and tensors wrapped: nothing is asked of them.
-    if model.lpips and not (kernels.has_operators() and lins_are_linear(model)):
+    if model.lpips and not call.linear:
         maps = []
         for k, tap0, tap1 in zip(layers, taps0, taps1):
             normal0, normal1 = (
