@@ -586,8 +586,3 @@ class TestCheckInputs:
         with pytest.warns(UserWarning) as record:
             checking(pair[0] * 3, pair[1])
         assert record[0].filename == __file__
-
-    def test_off_by_default(self, model, pair):
-        with warnings.catch_warnings():
-            warnings.simplefilter("error")
-            model(pair[0] * 3, pair[1])
