@@ -41,7 +41,7 @@ _UNCOMPARED = frozenset(
     }
 )
 _HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
-_GLOBAL_HOOKS = (
+GLOBAL_HOOKS = (
     "_global_forward_hooks",
     "_global_forward_pre_hooks",
     "_global_backward_hooks",
@@ -237,7 +237,7 @@ def call_fault(images: Iterable[Tensor], device: torch.device, dtype: torch.dtyp
         type(mode) is not DeviceContext for mode in _get_current_function_mode_stack()
     ):
         return "a TorchFunctionMode is active"
-    if any(getattr(torch_module, name) for name in _GLOBAL_HOOKS):
+    if any(getattr(torch_module, name) for name in GLOBAL_HOOKS):
         return "hooks are registered for all modules"
     for kind, functions in _AS_IMPORTED.items():
         if _functions_of(kind) != functions:
