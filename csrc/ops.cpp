@@ -26,6 +26,11 @@ STABLE_TORCH_LIBRARY(lpips_fast, m) {
       "scale_images(Tensor[] images, Tensor shift, Tensor scale, bool unit_range, ScalarType "
       "dtype) "
       "-> Tensor");
+  // CUDA alone: with every image's flag, 0 or, where it holds what is not finite, NaN. The fused
+  // convolutions there lose NaN.
+  m.def(
+      "scale_images_flagged(Tensor[] images, Tensor shift, Tensor scale, bool unit_range, "
+      "ScalarType dtype) -> (Tensor, Tensor)");
   m.def("depth_to_space(Tensor blocks, int stride, int padding, int height, int width) -> Tensor");
   m.def("direct_pack(Tensor weight) -> Tensor");
   m.def(
@@ -41,5 +46,6 @@ STABLE_TORCH_LIBRARY(lpips_fast, m) {
   m.def("winograd_pack(Tensor weight) -> Tensor");
   m.def(
       "winograd_conv2d(Tensor x, Tensor packed, Tensor? bias, bool relu, Tensor? mask, "
-      "int out_channels, int kernel, int stride, int padding, Tensor? add=None) -> Tensor");
+      "int out_channels, int kernel, int stride, int padding, Tensor? add=None, "
+      "bool outliers=False) -> Tensor");
 }

@@ -16,11 +16,14 @@ import torch
 from torch import Tensor
 
 from . import composed, functional, gradient_scaling, kernels
+<<<<<<< HEAD
 from .calls import Call, is_unwatched, like_of, lins_are_linear, prepare_call, size_of
+=======
+from .calls import Call, lins_are_linear, prepare_call, run, size_of
+>>>>>>> main
 from .composed import accumulator_dtype
 from .features import Features
 from .inputs import check_same_size, common_batch
-from .linear import linear_weight
 from .slice_distance import slice_distance
 from .spatial import spatial_average, upsample
 from .trunk import tap_shapes
@@ -90,14 +93,15 @@ def _scales_gradients(call: Call, *arguments: Tensor | Features) -> bool:
 def _with_scaled_gradients(
     call: Call, in0: Tensor | Features, in1: Tensor | Features
 ) -> list[Tensor]:
-    model, pair = call.model, [in0, in1]
-    learning = {k: linear_weight(model.lins[k]) for k in model.layers} if model.lpips else {}  # type: ignore[arg-type]
+    model = call.model
+    pair: list[Tensor | Features] = [in0, in1]
+    learning = {k: model.layer_weight(k) for k in model.layers} if model.lpips else {}
     learning = {k: weight for k, weight in learning.items() if weight.requires_grad}
-    places = [k for k, x in enumerate(pair) if isinstance(x, Tensor) and x.requires_grad]
-    entered, token = gradient_scaling.enter([*(pair[k] for k in places), *learning.values()])  # type: ignore[misc]
-    for k, image in zip(places, entered):
+    images = {k: x for k, x in enumerate(pair) if isinstance(x, Tensor) and x.requires_grad}
+    entered, token = gradient_scaling.enter([*images.values(), *learning.values()])
+    for k, image in zip(images, entered):
         pair[k] = image
-    call = dataclasses.replace(call, weights=dict(zip(learning, entered[len(places) :])))
+    call = dataclasses.replace(call, weights=dict(zip(learning, entered[len(images) :])))
     layers = _layers(call, pair[0], pair[1])
     height, width = size_of(entered[0])
     shapes = tap_shapes(model.net_name, (height, width))
@@ -108,6 +112,7 @@ def _with_scaled_gradients(
 
 def _layers(call: Call, in0: Tensor | Features, in1: Tensor | Features) -> list[Tensor]:
     """The way that is taken, and why."""
+    in0, in1 = (_without_inference(x) for x in (in0, in1))
     graphs = [_needs_graph(call, x) for x in (in0, in1)]
     if isinstance(in0, Tensor) and isinstance(in1, Tensor):
         check_same_size(size_of(in0), size_of(in1))
@@ -231,8 +236,8 @@ def compare(
     """One tensor a layer: (N, 1, 1, 1), or (N, 1, H, W) for ``spatial``.
 
     Args:
-        taps0, taps1: of the model's ``layers[first]`` and of the layers that follow there; one image
-            stands for all of the other.
+        taps0, taps1: of the model's ``layers[first]`` and of the layers that follow there; one
+            image stands for all of the other.
         size: of the images.
     """
     model = call.model
@@ -245,7 +250,7 @@ def compare(
             normal0, normal1 = (
                 functional.normalize_features(tap, model.normalization) for tap in (tap0, tap1)
             )
-            maps.append(model.lins[k]((normal0 - normal1) ** 2))
+            maps.append(run(model, model.lins[k], (normal0 - normal1) ** 2))
         return [upsample(m, size) if model.spatial else spatial_average(m) for m in maps]
     weights = channel_weights(call, taps0[0], layers)
     if not kernels.has_operators():
@@ -256,25 +261,32 @@ def compare(
         return [upsample(m, size) if model.spatial else spatial_average(m) for m in maps]
     pairs = [_broadcast(a, b) for a, b in zip(taps0, taps1)]
     taps0, taps1 = [a for a, _ in pairs], [b for _, b in pairs]
-    options = {"normalization": model.normalization}
+    normalization = model.normalization
     if model.spatial:
-        maps = functional.distance_map(taps0, taps1, weights, **options)
+        maps = functional.distance_map(taps0, taps1, weights, normalization=normalization)
         return [upsample(m, size) for m in maps]
-    distances = functional.distance(taps0, taps1, weights, **options)
+    distances = functional.distance(taps0, taps1, weights, normalization=normalization)
     return [d.view(-1, 1, 1, 1) for d in distances.unbind(dim=1)]
 
 
-def channel_weights(
-    call: Call, like: Tensor, layers: Sequence[int] | None = None
-) -> list[Tensor]:
+def channel_weights(call: Call, like: Tensor, layers: Sequence[int] | None = None) -> list[Tensor]:
     """(C_l,) of the compared layers, as the operators take them beside features ``like``."""
     model = call.model
     dtype = accumulator_dtype(like.dtype)
     layers = model.layers if layers is None else layers
     if not model.lpips:
         return [like.new_ones(model.chns[k], dtype=dtype) for k in layers]
-    weights = [call.weights.get(k, linear_weight(model.lins[k])) for k in layers]  # type: ignore[arg-type]
+    weights = [call.weights.get(k, model.layer_weight(k)) for k in layers]
     return [weight.view(-1).to(dtype) for weight in weights]
+
+
+def _without_inference(x: Tensor | Features) -> Tensor | Features:
+    """Features that were encoded under inference_mode, as autograd can save them: a copy."""
+    if isinstance(x, Tensor) or not torch.is_grad_enabled():
+        return x
+    if not any(tap.is_inference() for tap in x.taps):
+        return x
+    return dataclasses.replace(x, taps=tuple(tap.clone() for tap in x.taps))
 
 
 def _needs_graph(call: Call, image: Tensor | Features) -> bool:

@@ -73,7 +73,7 @@ def flat_images(size: int = 64) -> dict[str, Tensor]:
         return plane.expand(1, 3, size, size).contiguous()
 
     def framed(left: int, top: int, right: int, bottom: int, color: list[float]) -> Tensor:
-        image = torch.tensor(color).view(1, 3, 1, 1).expand(photo.shape).clone()
+        image = torch.tensor(color, dtype=torch.float32).view(1, 3, 1, 1).expand(photo.shape).clone()
         inside = (slice(top, size - bottom), slice(left, size - right))
         image[..., inside[0], inside[1]] = photo[..., inside[0], inside[1]]
         return image

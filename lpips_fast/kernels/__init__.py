@@ -6,6 +6,7 @@ tensors, never a network. Importing this package makes ``torch.ops.lpips_fast`` 
 """
 
 from . import convolution, distance, fire, max_pool, receptive_fields, scale_images
+from .checks import AttributeCheck, ModuleCheck, WeightWatch, lie_plainly
 from .dispatch import (
     autocast_dtype,
     has_kernel,
@@ -17,10 +18,12 @@ from .dispatch import (
     is_eager,
     is_out_of_memory,
 )
-from .libraries import LOADED_LIBRARIES, WeightWatch
+from .libraries import LOADED_LIBRARIES
 
 __all__ = [
     "LOADED_LIBRARIES",
+    "AttributeCheck",
+    "ModuleCheck",
     "WeightWatch",
     "autocast_dtype",
     "convolution",
@@ -34,6 +37,7 @@ __all__ = [
     "is_compiling",
     "is_eager",
     "is_out_of_memory",
+    "lie_plainly",
     "max_pool",
     "receptive_fields",
     "scale_images",

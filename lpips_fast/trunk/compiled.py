@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from .. import kernels
 from .fire import FireModule, has_border
 from .legality import FastSlice, Fault
+from .max_pool import CeilMaxPool2d
 from .slices import input_gradient, record, run, slice_layers
 from .table import Conv, Fire, Layer, MaxPool
 
@@ -174,9 +175,7 @@ def fast_slice(
             return Fault("", "holds layers that are not as built")
         position += 1
         if isinstance(layer, Conv):
-            if position >= len(children) or type(children[position]) is not nn.ReLU:
-                return Fault("", "holds layers that are not as built")
-            if is_watched(children[position]):
+            if position >= len(children) or not _is_relu(children[position]):
                 return Fault("", "holds layers that are not as built")
             position += 1
     if position != len(children):
@@ -186,6 +185,8 @@ def fast_slice(
             return Fault("", "has weights of another dtype or device than the images")
         if parameter.requires_grad and not frozen and torch.is_grad_enabled():
             return Fault("", "has weights that learn")
+    if frozen:
+        parameters = [parameter.detach() for parameter in parameters]
     return FastSlice(net, number, tuple(parameters))
 
 
@@ -205,7 +206,7 @@ def _is_as_built(module: nn.Module, layer: Layer, parameters: list[Tensor]) -> b
         return False
     if isinstance(layer, MaxPool):
         return (
-            type(module) is nn.MaxPool2d
+            type(module) is (CeilMaxPool2d if layer.ceil_mode else nn.MaxPool2d)
             and module.kernel_size == layer.kernel
             and module.stride == layer.stride
             and module.padding == 0
@@ -220,7 +221,14 @@ def _is_as_built(module: nn.Module, layer: Layer, parameters: list[Tensor]) -> b
         and _is_convolution(module.squeeze, 1, 1, 0, parameters)
         and _is_convolution(module.expand1x1, 1, 1, 0, parameters)
         and _is_convolution(module.expand3x3, 3, 1, 1, parameters)
+        and _is_relu(module.squeeze_activation)
+        and _is_relu(module.expand1x1_activation)
+        and _is_relu(module.expand3x3_activation)
     )
+
+
+def _is_relu(module: nn.Module) -> bool:
+    return type(module) is nn.ReLU and not is_watched(module)
 
 
 def _is_convolution(

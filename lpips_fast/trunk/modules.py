@@ -16,6 +16,7 @@ import torch.utils.checkpoint
 from torch import Tensor, nn
 
 from . import legality, packing
+from .detached import call_detached
 from .layers import make_layer
 from .legality import FastSlice, Fault
 from .receptive_fields import receptive_fields
@@ -111,6 +112,7 @@ class Trunk(nn.Module):
         checkpoint: bool = False,
         layers: Sequence[int] | None = None,
         fast: Sequence[FastSlice | Fault] | None = None,
+        frozen: bool = False,
     ) -> Iterator[Tensor]:
         """The taps of scaled images (N, 3, H, W) one after the other.
 
@@ -120,6 +122,7 @@ class Trunk(nn.Module):
             checkpoint: keep only the taps for backward, and recompute what lies between them.
             layers: which taps, ascending; ``None``: all. Nothing behind the last of them runs.
             fast: of :meth:`fast_slices`; a slice without one is called as a module.
+            frozen: no gradient reaches the weights.
         """
         wanted = range(self.N_slices) if layers is None else layers
         keys: list[list[Tensor]] = []
@@ -136,10 +139,12 @@ class Trunk(nn.Module):
                     held = [_checkpoint(function, held.pop())]
                 else:
                     held = [slice_tap(by_hand, held, of_slice)]
-            elif checkpoint and torch.is_grad_enabled():
-                held = [_checkpoint(block, held.pop())]
             else:
-                held = [block(held.pop())]
+                run = functools.partial(call_detached, block) if frozen else block
+                if checkpoint and torch.is_grad_enabled():
+                    held = [_checkpoint(run, held.pop())]
+                else:
+                    held = [run(held.pop())]
             if layer in wanted:
                 yield held[0]
 
