@@ -12,6 +12,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 import torch
+import torch.nn.modules.module as torch_module
 from torch import Tensor, nn
 
 from . import kernels
@@ -21,6 +22,7 @@ from .scaling import ScalingLayer, scaled_batch
 from .trunk import Trunk, compiled, tap_channels
 from .trunk.detached import call_detached
 from .trunk.legality import (
+    GLOBAL_HOOKS,
     FastSlice,
     Fault,
     Template,
@@ -122,23 +124,49 @@ def _compiled_call(
     model: LPIPS, unit_range: bool, device: torch.device, dtype: torch.dtype
 ) -> Call:
     """Under torch.compile all runs by hand, or nothing: the rest its own compiler fuses."""
-    net, scaling, linear = model.net, model.scaling_layer, lins_are_linear(model)
+    by_hand = None
+    if device_fault(device, dtype) is None:
+        by_hand = _compiled_slices(model, device, dtype)
+    return Call(model, unit_range, by_hand, by_hand is not None, lins_are_linear(model))
+
+
+def _compiled_slices(
+    model: LPIPS, device: torch.device, dtype: torch.dtype
+) -> list[FastSlice | Fault] | None:
+    """The slices that run, if all is as built, in terms that torch.compile turns into guards."""
+    net, scaling = model.net, model.scaling_layer
     if (
-        device_fault(device, dtype) is not None
-        or type(net) is not Trunk
+        type(net) is not Trunk
         or compiled.is_watched(net)
         or type(scaling) is not ScalingLayer
         or compiled.is_watched(scaling)
     ):
-        return Call(model, unit_range, None, False, linear)
+        return None
     expected = dtype if kernels.autocast_dtype(device) is None else like_of(model).dtype
     by_hand = [
         compiled.fast_slice(block, model.net_name, number, device, expected, model.frozen)
         for number, block in enumerate(net.slices()[: model.layers[-1] + 1], start=1)
     ]
-    if not all(isinstance(found, FastSlice) for found in by_hand):
-        return Call(model, unit_range, None, False, linear)
-    return Call(model, unit_range, by_hand, True, linear)
+    return by_hand if all(isinstance(found, FastSlice) for found in by_hand) else None
+
+
+def is_unwatched(model: LPIPS) -> bool:
+    """Whether nobody but a call sees its features and their gradients, whoever computes them.
+
+    All is as built, frozen and without hooks, from the scaling layer to the linear layers.
+    """
+    like = like_of(model)
+    dtype = model.dtype or like.dtype
+    if not lins_are_linear(model):
+        return False
+    if kernels.is_compiling():
+        return _compiled_slices(model, like.device, dtype) is not None
+    if trunk_fault(model.net) is not None or scaling_fault(model.scaling_layer) is not None:
+        return False
+    if any(getattr(torch_module, name) for name in GLOBAL_HOOKS):
+        return False
+    slices = model.net.fast_slices(like.device, dtype)[: model.layers[-1] + 1]
+    return all(isinstance(found, FastSlice) for found in slices)
 
 
 def fast_path(model: LPIPS) -> dict[str, str]:

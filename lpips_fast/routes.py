@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from . import composed, functional, gradient_scaling, kernels
-from .calls import Call, prepare_call, run, size_of
+from .calls import Call, is_unwatched, like_of, prepare_call, run, size_of
 from .composed import accumulator_dtype
 from .features import Features
 from .inputs import check_same_size, common_batch
@@ -73,18 +73,17 @@ def layer_distances(
 def _scales_gradients(call: Call, *arguments: Tensor | Features) -> bool:
     """Whether gradients are scaled inside (:mod:`lpips_fast.gradient_scaling`).
 
-    A trunk in float16, as built, whose features nobody else has a graph of.
+    Of a trunk in float16, and only where nobody else has a graph of its features.
     """
-    if not torch.is_grad_enabled() or not call.is_as_built or not call.linear:
+    model = call.model
+    if not torch.is_grad_enabled():
         return False
-    by_hand = call.by_hand[0]  # type: ignore[index]
-    assert isinstance(by_hand, FastSlice)
-    weight = by_hand.parameters[0]
-    if (kernels.autocast_dtype(weight.device) or weight.dtype) != torch.float16:
+    if not any(x.requires_grad for x in arguments if isinstance(x, Tensor)):
         return False
-    if any(isinstance(x, Features) and _needs_graph(call, x) for x in arguments):
+    device, dtype = like_of(model).device, model.dtype or like_of(model).dtype
+    if (kernels.autocast_dtype(device) or dtype) != torch.float16 or not is_unwatched(model):
         return False
-    return any(x.requires_grad for x in arguments if isinstance(x, Tensor))
+    return not any(isinstance(x, Features) and _needs_graph(call, x) for x in arguments)
 
 
 def _with_scaled_gradients(

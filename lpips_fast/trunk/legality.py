@@ -49,7 +49,7 @@ _HOOKS = (
     "_forward_hooks_always_called",
     "_forward_pre_hooks_with_kwargs",
 )
-_GLOBAL_HOOKS = (
+GLOBAL_HOOKS = (
     "_global_forward_hooks",
     "_global_forward_pre_hooks",
     "_global_backward_hooks",
@@ -315,7 +315,7 @@ def call_fault(images: Iterable[Tensor], device: torch.device, dtype: torch.dtyp
         type(mode) is not DeviceContext for mode in _get_current_function_mode_stack()
     ):
         return "a TorchFunctionMode is active"
-    if any(getattr(torch_module, name) for name in _GLOBAL_HOOKS):
+    if any(getattr(torch_module, name) for name in GLOBAL_HOOKS):
         return "hooks are registered for all modules"
     if not _FUNCTION_CHECK.unchanged():
         for (owner, name), function in zip(_FUNCTIONS, _AS_IMPORTED):
