@@ -240,7 +240,8 @@ def go_on(
     Args:
         seconds: of a slice; a step starts only where its limit still fits. ``None``: no end.
     """
-    start, ran = clock(), set()
+    start = clock()
+    ran: set[str] = set()
     while True:
         left = [s for s in todo if s.name not in ran and not _is_done(record, s)]
         if not left:
