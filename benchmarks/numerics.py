@@ -111,7 +111,7 @@ def lost_ulp(model: lpips_fast.LPIPS, reference: nn.Module, image: Tensor) -> fl
             pool = layers[0]
             y = F.max_pool2d(x, pool.kernel_size, pool.stride, ceil_mode=pool.ceil_mode)
             index = receivers(x, y, pool.kernel_size, pool.stride, keys[number - 1][0])
-            values, pooled = windows(exact_x, pool)
+            _, pooled = windows(exact_x, pool)
             chosen = exact_x.flatten(2).gather(2, index.flatten(2)).view_as(pooled)
             is_live = pooled > 0
             ulp = torch.exp2(pooled[is_live].log2().floor()) * 2.0**-23
@@ -266,7 +266,7 @@ def main() -> None:
         page = arguments.page.read_text()
         start, end = f"<!-- {name} -->\n", f"\n<!-- end of {name} -->"
         pattern = re.escape(start) + ".*?" + re.escape(end)
-        replaced = re.sub(pattern, lambda _, f=found: f"{start}\n{f}\n{end}", page, flags=re.S)
+        replaced = re.sub(pattern, lambda _, f=f"{start}\n{found}\n{end}": f, page, flags=re.S)
         arguments.page.write_text(replaced)
 
 

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from . import kernels
 from .features import Features
 from .linear import NetLinLayer, drops
-from .scaling import ScalingLayer, scaled_batch
+from .scaling import ScalingLayer, scaled_batch, scaled_pair
 from .trunk import Trunk, compiled, tap_channels
 from .trunk.detached import call_detached
 from .trunk.legality import (
@@ -76,6 +76,17 @@ class Call:
             together = 2 * together - 1
         scaled = together if model.version == "0.0" else run(model, model.scaling_layer, together)
         return scaled if model.dtype is None else scaled.to(model.dtype)
+
+    def scaled_pair(self, images: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
+        """Images that want a gradient, scaled; and without one, behind them, their target's.
+
+        Where the scaling layer is as built.
+        """
+        model = self.model
+        dtype = model.dtype or model.scaling_layer.shift.dtype
+        return scaled_pair(
+            model.scaling_layer, images, target, self.unit_range, dtype, model.version
+        )
 
     def taps(self, images: Sequence[Tensor]) -> Iterator[Tensor]:
         """The compared taps of batches of images one behind the other, layer by layer."""

@@ -1,4 +1,4 @@
-"""The gradient that exact arithmetic has: the original in float64, ties to the first of a window."""
+"""The gradient that exact arithmetic has: the original in float64, ties to a window's first."""
 
 from __future__ import annotations
 
