@@ -40,6 +40,7 @@ if TYPE_CHECKING:
         analysis,
         choice,
         export,
+        fidelity,
         folders,
         images,
         judgements,
@@ -52,6 +53,8 @@ if TYPE_CHECKING:
         weights,
     )
     from .choice import recommend_trunk
+    from .compare_images import compare
+    from .evaluate_folders import evaluate
 
 # Not needed to measure a distance, and so not loaded with the package.
 _LATE_MODULES = frozenset(
@@ -59,6 +62,7 @@ _LATE_MODULES = frozenset(
         "analysis",
         "choice",
         "export",
+        "fidelity",
         "folders",
         "images",
         "judgements",
@@ -71,7 +75,11 @@ _LATE_MODULES = frozenset(
         "weights",
     }
 )
-_LATE_NAMES = {"recommend_trunk": "choice"}
+_LATE_NAMES = {
+    "compare": "compare_images",
+    "evaluate": "evaluate_folders",
+    "recommend_trunk": "choice",
+}
 
 
 def __getattr__(name: str) -> object:
@@ -100,8 +108,11 @@ __all__ = [
     "__version__",
     "analysis",
     "choice",
+    "compare",
     "dssim",
+    "evaluate",
     "export",
+    "fidelity",
     "folders",
     "functional",
     "im2tensor",
