@@ -1,7 +1,7 @@
 """What PSNR and SSIM cost beside LPIPS: pairs of image files, in turn with and without them.
 
-``python benchmarks/bench_folders.py --pairs 1000 --turns 3``. Each turn reads and measures all pairs
-on one thread; times are of the processor, so that other programs on the machine count less.
+``python benchmarks/bench_folders.py --pairs 1000 --turns 3``. Each turn reads and measures all
+pairs on one thread; times are of the processor, so that other programs count less.
 """
 
 from __future__ import annotations

@@ -31,7 +31,6 @@ PARTS = (
 )
 
 _PART_OF_WORD = {
-    "_ConvReLU": "other",  # the Python around a convolution, not the convolution
     "convolution": "convolution",
     "conv2d": "convolution",
     "lpips_fast::fire": "convolution",  # and its concatenation

@@ -7,8 +7,8 @@ module that it is.
 from __future__ import annotations
 
 import functools
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 import torch
@@ -16,9 +16,10 @@ from torch import Tensor, nn
 
 from . import kernels
 from .features import Features
-from .linear import NetLinLayer, drops
+from .linear import NetLinLayer, dropout_rate, drops
 from .scaling import ScalingLayer, scaled_batch
 from .trunk import Trunk, compiled, tap_channels
+from .trunk.detached import call_detached
 from .trunk.legality import (
     FastSlice,
     Fault,
@@ -42,12 +43,14 @@ class Call:
         by_hand: of each slice, what runs it, or why it is called as a module; ``None``: nothing
             may, whatever the modules are.
         scales: whether the scaling layer is as built, so that one kernel stands for it.
+        weights: by layer, what stands for its linear weights in this call.
     """
 
     model: LPIPS
     unit_range: bool
     by_hand: list[FastSlice | Fault] | None
     scales: bool
+    weights: Mapping[int, Tensor] = field(default_factory=dict)
 
     @property
     def is_as_built(self) -> bool:
@@ -67,16 +70,18 @@ class Call:
         together = images[0] if len(images) == 1 else torch.cat(tuple(images))
         if self.unit_range:
             together = 2 * together - 1
-        scaled = together if model.version == "0.0" else model.scaling_layer(together)
+        scaled = together if model.version == "0.0" else run(model, model.scaling_layer, together)
         return scaled if model.dtype is None else scaled.to(model.dtype)
 
     def taps(self, images: Sequence[Tensor]) -> Iterator[Tensor]:
         """The compared taps of batches of images one behind the other, layer by layer."""
         model = self.model
         if trunk_fault(model.net) is not None:
-            outputs = model.net(self.scaled(images))
+            outputs = run(model, model.net, self.scaled(images))
             return iter([outputs[k] for k in model.layers])
-        return model.net.taps(self.scaled(images), model.checkpoint, model.layers, self.by_hand)
+        return model.net.taps(
+            self.scaled(images), model.checkpoint, model.layers, self.by_hand, model.frozen
+        )
 
     def encode(self, image: Tensor) -> Features:
         """The compared taps of a batch of images, together."""
@@ -86,7 +91,7 @@ class Call:
 
     def trunk_learns(self) -> bool:
         """Whether any weight of the trunk gets a gradient."""
-        if self.is_as_built:  # which learning weights are not
+        if self.is_as_built or self.model.frozen:  # as built: learning weights are not
             return False
         return any(p.requires_grad for p in self.model.net.parameters())
 
@@ -104,7 +109,7 @@ def prepare_call(model: LPIPS, images: Sequence[Tensor], unit_range: bool) -> Ca
         return _compiled_call(model, unit_range, like.device, dtype)
     by_hand = None
     if call_fault(images, like.device, dtype) is None and trunk_fault(model.net) is None:
-        by_hand = model.net.fast_slices(like.device, dtype)
+        by_hand = model.net.fast_slices(like.device, dtype, model.frozen)
     scales = by_hand is not None and scaling_fault(model.scaling_layer) is None
     return Call(model, unit_range, by_hand, scales)
 
@@ -124,7 +129,7 @@ def _compiled_call(
         return Call(model, unit_range, None, False)
     expected = dtype if kernels.autocast_dtype(device) is None else like_of(model).dtype
     by_hand = [
-        compiled.fast_slice(block, model.net_name, number, device, expected, False)
+        compiled.fast_slice(block, model.net_name, number, device, expected, model.frozen)
         for number, block in enumerate(net.slices()[: model.layers[-1] + 1], start=1)
     ]
     if not all(isinstance(found, FastSlice) for found in by_hand):
@@ -138,7 +143,7 @@ def fast_path(model: LPIPS) -> dict[str, str]:
     dtype = model.dtype or like.dtype
     faults: dict[str, object] = {"scaling_layer": scaling_fault(model.scaling_layer)}
     whole = call_fault([], like.device, dtype) or trunk_fault(model.net)
-    slices = model.net.fast_slices(like.device, dtype) if whole is None else []
+    slices = model.net.fast_slices(like.device, dtype, model.frozen) if whole is None else []
     for k in range(len(tap_channels(model.net_name))):
         found = slices[k] if slices else whole
         faults[f"slice{k + 1}"] = None if isinstance(found, FastSlice) else found
@@ -151,6 +156,11 @@ def like_of(model: LPIPS) -> Tensor:
     """A tensor on the model's device, of the dtype that images are scaled in."""
     shift = getattr(model.scaling_layer, "shift", None)
     return shift if isinstance(shift, Tensor) else next(model.parameters())
+
+
+def run(model: LPIPS, module: nn.Module, x: Tensor) -> Tensor:
+    """A part of a model, called as the module that it is."""
+    return call_detached(module, x) if model.frozen else module(x)
 
 
 def size_of(image: Tensor) -> tuple[int, int]:
@@ -180,16 +190,19 @@ def scaling_fault(layer: nn.Module) -> Fault | None:
 
 
 @functools.cache
-def _lin_template(channels: int, use_dropout: bool) -> Template:
+def _lin_template(channels: int, dropout: float | None) -> Template:
     with torch.device("meta"):
-        return Template(NetLinLayer(channels, use_dropout=use_dropout))
+        lin = NetLinLayer(channels, use_dropout=dropout is not None)
+    if dropout is not None:
+        lin.model[0].p = dropout  # type: ignore[assignment]
+    return Template(lin)
 
 
 def lin_fault(model: LPIPS, layer: int) -> Fault | None:
     """Why a linear layer is called as a module, instead of the kernels taking its weights."""
     lin = model.lins[layer]
-    inner = lin.model if isinstance(lin, NetLinLayer) else ()
-    fault = module_fault(lin, _lin_template(model.chns[layer], len(inner) > 1), [])
+    dropout = dropout_rate(lin) if type(lin) is NetLinLayer else None
+    fault = module_fault(lin, _lin_template(model.chns[layer], dropout), [])
     if fault is None and drops(lin):  # type: ignore[arg-type]
         return Fault("", "drops channels in training mode")
     return fault

@@ -6,6 +6,7 @@ import os
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import torch
 from torch import Tensor, nn
 
 from .weights import WeightsError, load_lin_weights, lpips_state_dict, read_state_dict
@@ -34,10 +35,22 @@ def linear_weight(lin: NetLinLayer) -> Tensor:
     return lin.model[-1].weight  # type: ignore[return-value]
 
 
+@torch.no_grad()
+def project_linear_weights(model: nn.Module) -> None:
+    """Takes the linear weights of an LPIPS model to the nearest that a distance allows, w >= 0."""
+    for lin in model.lins:  # type: ignore[union-attr]
+        linear_weight(lin).clamp_(min=0)
+
+
+def dropout_rate(lin: NetLinLayer) -> float | None:
+    """The rate of the dropout in front, or ``None`` where there is none."""
+    dropout = lin.model[0]
+    return dropout.p if isinstance(dropout, nn.Dropout) else None
+
+
 def drops(lin: NetLinLayer) -> bool:
     """Whether a call would drop channels at random, which no fused kernel does."""
-    dropout = lin.model[0]
-    return isinstance(dropout, nn.Dropout) and dropout.training and dropout.p > 0
+    return bool(dropout_rate(lin)) and lin.model[0].training
 
 
 def load_linear_weights(

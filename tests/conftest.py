@@ -7,9 +7,10 @@ import os
 import subprocess
 import sys
 import textwrap
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import ModuleType
+from typing import Any
 
 import parity
 import pytest
@@ -17,6 +18,7 @@ import torch
 
 import lpips_fast
 import lpips_fast.export
+from lpips_fast.trunk import TRUNKS, slices
 
 REPOSITORY = Path(__file__).resolve().parents[1]
 
@@ -121,6 +123,33 @@ def onnx_file(exportable: lpips_fast.LPIPS, tmp_path_factory: pytest.TempPathFac
     path = tmp_path_factory.mktemp("onnx") / "alex.onnx"
     lpips_fast.export.export_onnx(exportable, path)
     return path
+
+
+@pytest.fixture
+def run_by_hand(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """The slices of a trunk that run by hand from here on, ``slice1`` …, one entry a forward."""
+    names = {
+        id(slices.slice_layers(net, number)): f"slice{number}"
+        for net, spec in TRUNKS.items()
+        for number in range(1, len(spec.taps) + 1)
+    }
+    found: list[str] = []
+
+    def spy(function: Callable[..., Any]) -> Callable[..., Any]:
+        def noting(layers: Any, *arguments: Any) -> Any:
+            found.append(names[id(layers)])
+            return function(layers, *arguments)
+
+        return noting
+
+    # Wherever they were imported to.
+    modules = [m for name, m in sys.modules.items() if name.startswith("lpips_fast.")]
+    for name in ("run", "record"):
+        original = getattr(slices, name)
+        for module in modules:
+            if getattr(module, name, None) is original:
+                monkeypatch.setattr(module, name, spy(original))
+    return found
 
 
 @pytest.fixture

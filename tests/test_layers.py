@@ -38,19 +38,6 @@ def pair() -> tuple[Tensor, Tensor]:
     return image_pair(2, 48, 56, torch.float32, seed=0)
 
 
-def slices_run(model: LPIPS, *arguments: Any) -> list[str]:
-    """The names of the trunk's slices that a call goes through."""
-    run: list[str] = []
-    hooks = [
-        block.register_forward_hook(lambda *_, name=f"slice{k}": run.append(name))
-        for k, block in enumerate(model.net.slices(), start=1)
-    ]
-    model(*arguments)
-    for hook in hooks:
-        hook.remove()
-    return run
-
-
 class TestValues:
     @pytest.mark.parametrize("layers", SUBSETS)
     def test_every_layer_has_the_bits_that_it_has_among_all(self, full, pair, layers):
@@ -116,9 +103,16 @@ class TestValues:
 
 class TestTheTrunkStops:
     @pytest.mark.parametrize(("layers", "last"), [((0,), 1), ((0, 2), 3), ((4,), 5)])
-    def test_behind_the_last_layer(self, pair, layers, last):
+    def test_behind_the_last_layer(self, pair, layers, last, run_by_hand):
+        expected = [f"slice{k}" for k in range(1, last + 1)]
         part = model_of(layers=layers)
-        assert slices_run(part, *pair) == [f"slice{k}" for k in range(1, last + 1)]
+        part(*pair)
+        assert run_by_hand == expected
+        called: list[str] = []
+        for k, block in enumerate(part.net.slices(), start=1):
+            block.register_forward_hook(lambda *_, name=f"slice{k}": called.append(name))
+        part(*pair)  # as modules, one image after the other
+        assert called == expected * 2 and run_by_hand == expected
 
     def test_broken_weights_behind_it_do_not_matter(self, pair):
         part = model_of(layers=(0, 1))
@@ -298,6 +292,7 @@ class TestWhatItIs:
     def test_the_trunk_alone(self):
         alone = trunk.Trunk("alex", weights_of("alex"))
         image = torch.rand(1, 3, 48, 48)
-        taps = list(alone.taps(image, layers=(1,)))
+        by_hand = alone.fast_slices(image.device, image.dtype)
+        taps = list(alone.taps(image, layers=(1,), fast=by_hand))
         assert len(taps) == 1 and torch.equal(taps[0], alone(image)[1])
         assert isinstance(alone.slices()[0], nn.Module)

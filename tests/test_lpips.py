@@ -11,6 +11,9 @@ import torch.autograd.forward_ad as forward_ad
 from parity import image_pair, trunk_weights
 
 import lpips_fast
+from lpips_fast import routes
+from lpips_fast.linear import linear_weight
+from lpips_fast.scaling import scaled_batch
 from lpips_fast.weights import WeightsError
 
 
@@ -50,21 +53,21 @@ class TestArguments:
     def test_both_names_of_vgg(self, name):
         model = lpips_fast.LPIPS(net=name, pnet_rand=True, verbose=False)
         packaged = lpips_fast.weights.load_lin_weights("vgg", "0.1")
-        assert torch.equal(model.lin0.weight, packaged["lin0.model.1.weight"])
+        assert torch.equal(linear_weight(model.lin0), packaged["lin0.model.1.weight"])
 
     @pytest.mark.parametrize("use_dropout", [True, False])
     def test_linear_weights_load_with_and_without_dropout(self, alex_weights, use_dropout):
         model = lpips_fast.LPIPS(weights=alex_weights, use_dropout=use_dropout, verbose=False)
         packaged = lpips_fast.weights.load_lin_weights("alex", "0.1")
         for k in range(5):
-            assert torch.equal(model.lins[k].weight, packaged[f"lin{k}.model.1.weight"])
+            assert torch.equal(linear_weight(model.lins[k]), packaged[f"lin{k}.model.1.weight"])
 
     def test_not_pretrained_is_random(self, alex_weights):
         one, two = (
             lpips_fast.LPIPS(pretrained=False, weights=alex_weights, verbose=False)
             for _ in range(2)
         )
-        assert not torch.equal(one.lin0.weight, two.lin0.weight)
+        assert not torch.equal(linear_weight(one.lin0), linear_weight(two.lin0))
 
     def test_unknown_net_version_reduction(self):
         with pytest.raises(ValueError, match=r"unknown trunk 'resnet'.*alex, vgg, squeeze"):
@@ -90,7 +93,7 @@ class TestCheckpoints:
         )
         second = lpips_fast.LPIPS(weights=alex_weights, use_dropout=loaded_with, verbose=False)
         second.load_state_dict(first.state_dict())
-        assert torch.equal(first.lin3.weight, second.lin3.weight)
+        assert torch.equal(linear_weight(first.lin3), linear_weight(second.lin3))
 
     @pytest.mark.parametrize("suffix", [".pth", ".safetensors"])
     def test_model_path(self, alex_weights, tmp_path, suffix):
@@ -106,7 +109,7 @@ class TestCheckpoints:
 
             safetensors.torch.save_file(wanted, path)
         model = lpips_fast.LPIPS(weights=alex_weights, model_path=path, verbose=False)
-        assert torch.equal(model.lin2.weight, wanted["lin2.model.1.weight"])
+        assert torch.equal(linear_weight(model.lin2), wanted["lin2.model.1.weight"])
 
     def test_model_path_of_another_trunk(self, alex_weights, tmp_path):
         path = tmp_path / "vgg.pth"
@@ -248,7 +251,7 @@ class TestGradients:
 
     def test_only_the_linear_layers_learn(self, model, pair):
         model(*pair).sum().backward()
-        assert all(lin.weight.grad is not None for lin in model.lins)
+        assert all(linear_weight(lin).grad is not None for lin in model.lins)
         assert all(p.grad is None for p in model.net.parameters())
 
     def test_no_grad_saves_nothing(self, model, pair):
@@ -294,10 +297,10 @@ class TestScaling:
         for view in views:
             x = torch.cat(tuple(view))
             expected = layer(2 * x - 1 if unit_range else x).to(dtype)
-            result = layer.batch(view, unit_range, dtype)
+            result = scaled_batch(layer, view, unit_range, dtype)
             assert torch.equal(result, expected)
             assert result.is_contiguous(memory_format=torch.channels_last)
-            unscaled = layer.batch(view, unit_range, dtype, version="0.0")
+            unscaled = scaled_batch(layer, view, unit_range, dtype, version="0.0")
             assert torch.equal(unscaled, (2 * x - 1 if unit_range else x).to(dtype))
 
     def test_gradients_and_registrations(self):
@@ -314,7 +317,9 @@ class TestScaling:
     def test_refusals(self):
         layer = lpips_fast.ScalingLayer()
         with pytest.raises(RuntimeError, match="of one size"):
-            layer.batch([torch.rand(1, 3, 4, 4), torch.rand(1, 3, 4, 5)], False, torch.float32)
+            scaled_batch(
+                layer, [torch.rand(1, 3, 4, 4), torch.rand(1, 3, 4, 5)], False, torch.float32
+            )
 
 
 class TestFeatures:
@@ -373,7 +378,7 @@ class TestMemory:
     def test_streamed_taps_give_the_same_numbers(self, model, pair, monkeypatch):
         with torch.no_grad():
             expected, layers = model(*pair, retPerLayer=True)
-            monkeypatch.setattr("lpips_fast.lpips._STREAMED_FROM", 0)
+            monkeypatch.setattr("lpips_fast.routes._STREAMED_FROM", 0)
             streamed, streamed_layers = model(*pair, retPerLayer=True)
         assert torch.equal(streamed, expected)
         assert all(torch.equal(a, b) for a, b in zip(streamed_layers, layers))
@@ -398,15 +403,15 @@ class TestMemory:
         a, b = image_pair(5, 40, 40, torch.float32, seed=3)
         with torch.no_grad():
             expected = model(a, b)
-            inner, seen = model._layers, []
+            inner, seen = routes._layers, []
 
-            def small_memory(in0, in1, normalize):
+            def small_memory(call, in0, in1):
                 seen.append(len(in0))
                 if len(in0) > 2:
                     raise torch.OutOfMemoryError
-                return inner(in0, in1, normalize)
+                return inner(call, in0, in1)
 
-            monkeypatch.setattr(model, "_layers", small_memory)
+            monkeypatch.setattr(routes, "_layers", small_memory)
             torch.testing.assert_close(model(a, b), expected, rtol=2e-6, atol=0)
         assert max(seen) == 5
         with pytest.raises(torch.OutOfMemoryError):
@@ -587,7 +592,15 @@ class TestCheckInputs:
             checking(pair[0] * 3, pair[1])
         assert record[0].filename == __file__
 
-    def test_off_by_default(self, model, pair):
+    def test_by_default_the_first_call_alone(self, model, pair):
+        with pytest.warns(UserWarning, match="values from -3 to 3"):
+            model(pair[0] * 3, pair[1])
+        with warnings.catch_warnings():
+            warnings.simplefilter("error")
+            model(pair[0] * 3, pair[1])
+
+    def test_off(self, model, pair):
+        model.check_inputs = False
         with warnings.catch_warnings():
             warnings.simplefilter("error")
             model(pair[0] * 3, pair[1])

@@ -19,6 +19,7 @@ import lpips_fast
 from lpips_fast import LPIPS, functional
 from lpips_fast.cli.model import metric_name
 from lpips_fast.judgements.channel_means import channel_means, dropout_deviations
+from lpips_fast.linear import linear_weight
 from lpips_fast.normalization import (
     EPS,
     NORMALIZATIONS,
@@ -285,7 +286,7 @@ class TestModel:
             expected = []
             for k, (a, b) in enumerate(zip(f0.taps, f1.taps)):
                 squares = (oracle(a, kind) - oracle(b, kind)) ** 2
-                weight = model._lin(k).weight.double().view(1, -1, 1, 1)
+                weight = model.lins[k].model[-1].weight.double().view(1, -1, 1, 1)
                 expected.append((weight * squares).sum(dim=1).mean(dim=(1, 2)))
             for layer, reference in zip(layers, expected, strict=True):
                 torch.testing.assert_close(layer.flatten().double(), reference, rtol=2e-5, atol=0)
@@ -321,7 +322,7 @@ class TestModel:
         value = 0.0
         for k, (a, b) in enumerate(zip(taps0, taps1, strict=True)):
             squares = (normalize_features(a, kind) - normalize_features(b, kind)) ** 2
-            weight = model._lin(k).weight.double().view(1, -1, 1, 1)
+            weight = model.lins[k].model[-1].weight.double().view(1, -1, 1, 1)
             value = value + (weight * squares).sum(dim=1).mean()
         (expected,) = torch.autograd.grad(value, image)
         assert expected.norm() > 0
@@ -424,7 +425,9 @@ def test_training_from_the_cache() -> None:
     trainer = Trainer(model, items, TrainingOptions(batch_size=2), progress=False)
     trainer.train_epoch()
     assert trainer.caches and trainer._cached is not None
-    rows = trainer._cached.distances(torch.cat([lin.weight.flatten() for lin in model.lins]))
+    rows = trainer._cached.distances(
+        torch.cat([linear_weight(lin).flatten() for lin in model.lins])
+    )
     with torch.no_grad():
         expected = model.eval()(images[:4], images[4:8]).flatten()
     torch.testing.assert_close(rows[0], expected, rtol=1e-4, atol=1e-9)

@@ -7,9 +7,11 @@ import copy
 import pytest
 import torch
 from parity import image_pair, trunk_weights
+from served import needs
 
-from lpips_fast import LPIPS, composed, slice_distance
+from lpips_fast import LPIPS, composed, routes, slice_distance
 from lpips_fast.composed import EPS
+from lpips_fast.linear import linear_weight
 
 DTYPES = [torch.float32, torch.float64, torch.bfloat16, torch.float16]
 TOLERANCE = {torch.float32: 1e-5, torch.float64: 1e-12, torch.bfloat16: 1e-2, torch.float16: 2e-3}
@@ -97,15 +99,23 @@ def model(request) -> LPIPS:
 
 
 def layer_by_layer(model: LPIPS) -> LPIPS:
-    """A copy that calls every module: somebody hooks into it."""
+    """A copy that calls every module of the trunk: somebody hooks into its slices."""
     other = copy.deepcopy(model)
-    other.net.slice1.register_forward_hook(lambda *_: None)
+    for block in other.net.slices():
+        block.register_forward_hook(lambda *_: None)
+    return other
+
+
+def distances_apart(model: LPIPS) -> LPIPS:
+    """A copy whose slices run by hand, and whose distance is a node of its own."""
+    other = copy.deepcopy(model)
+    other.net.register_forward_hook(lambda *_: None)
     return other
 
 
 def gradients(model: LPIPS, image, target, loss=torch.sum, **options):
     image = image.clone().requires_grad_()
-    inputs = [image, *(model.lin0.weight, model.lin1.weight)]
+    inputs = [image, *(linear_weight(lin) for lin in model.lins[:2])]
     value = model(image, target, **options)
     return value, torch.autograd.grad(loss(value), inputs)
 
@@ -119,31 +129,40 @@ class TestInTheModel:
     def test_it_is_taken(self, model, monkeypatch):
         calls = []
         plain = slice_distance.slice_distance
-        monkeypatch.setattr(
-            slice_distance, "slice_distance", lambda *a: calls.append(1) or plain(*a)
-        )
+        monkeypatch.setattr(routes, "slice_distance", lambda *a: calls.append(1) or plain(*a))
         image, target = image_pair(1, 65, 70, torch.float32, seed=torch.seed() % 2**31)
         gradients(model, image, target)
         assert len(calls) == model.L
         gradients(layer_by_layer(model), image, target)
-        with torch.autocast("cpu", torch.bfloat16):
-            gradients(model, image, target)
+        gradients(distances_apart(model), image, target)
+        with torch.no_grad():
+            model(image, target)
         assert len(calls) == model.L
+
+    @needs(torch.bfloat16)
+    def test_autocast(self, model):
+        image, target = image_pair(1, 65, 70, torch.float32, seed=torch.seed() % 2**31)
+        _, expected = gradients(model, image, target)
+        with torch.autocast("cpu", torch.bfloat16):
+            _, got = gradients(model, image, target)
+        assert_same(got, expected, 0.1)
 
     @pytest.mark.parametrize("spatial", [False, True])
     @pytest.mark.parametrize("size", [(64, 64), (131, 197)], ids=str)
     def test_values_and_gradients(self, model, spatial, size):
         image, target = image_pair(2, *size, torch.float32, seed=torch.seed() % 2**31)
-        other = layer_by_layer(model)
-        model.spatial = other.spatial = spatial
+        model.spatial = spatial
+        apart, by_layer = distances_apart(model), layer_by_layer(model)
         try:
             value, got = gradients(model, image, target)
-            expected_value, expected = gradients(other, image, target)
+            value_apart, got_apart = gradients(apart, image, target)
+            value_by_layer, _ = gradients(by_layer, image, target)
         finally:
             model.spatial = False
-        assert torch.equal(value, expected_value)
-        assert_same(got, expected, 1e-3)
-        exact = copy.deepcopy(other).double()
+        assert torch.equal(value, value_apart)
+        assert_same(got, got_apart, 1e-3)
+        torch.testing.assert_close(value, value_by_layer, rtol=1e-5, atol=1e-7)
+        exact = by_layer.double()
         _, exact_gradients = gradients(exact, image.double(), target.double())
         assert_same(got, exact_gradients, 0.1)  # a ReLU may switch within rounding of 0
 

@@ -17,6 +17,7 @@ from torch import Tensor
 
 import lpips_fast
 from lpips_fast.judgements.channel_means import cache_triplets
+from lpips_fast.linear import linear_weight
 
 Item = dict[str, Tensor]
 
@@ -26,8 +27,8 @@ def hidden_model(generator: torch.Generator, net: str = "alex") -> lpips_fast.LP
     model = lpips_fast.LPIPS(net=net, weights=trunk_weights(net), verbose=False)
     with torch.no_grad():
         for lin in model.lins:
-            lin.weight.zero_()
-        first = model.lins[0].weight
+            linear_weight(lin).zero_()
+        first = linear_weight(model.lins[0])
         first.copy_(torch.rand(first.shape, generator=generator) ** 4)
     return model
 
@@ -74,7 +75,7 @@ def judged(
 ) -> list[Item]:
     """The same triplets, judged by ``people`` who see with the weights of ``model``."""
     cached = cache_triplets(model, items, deviations=False)
-    weights = torch.cat([lin.weight.detach().flatten() for lin in model.lins])
+    weights = torch.cat([linear_weight(lin).detach().flatten() for lin in model.lins])
     d0, d1 = cached.distances(weights)
     probability = torch.sigmoid(sharpness * (d0 - d1) / (d0 - d1).abs().mean())
     votes = torch.rand(people, len(items), generator=generator) < probability

@@ -42,6 +42,7 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from ..compat import BCERankingLoss
+from ..linear import linear_weight, project_linear_weights
 from ..lpips import LPIPS
 from ..normalization import Normalization
 from ..weights import read_state_dict
@@ -219,7 +220,7 @@ def new_model(
         )
     if initialization == "ones":
         for lin in model.lins:
-            nn.init.ones_(lin.weight)  # type: ignore[arg-type]
+            nn.init.ones_(linear_weight(lin))  # type: ignore[arg-type]
     return model
 
 
@@ -396,10 +397,8 @@ class Trainer:
     def _weights(self) -> Tensor:
         return torch.cat([self.model.layer_weight(k) for k in self.model.layers])
 
-    @torch.no_grad()
     def _project(self) -> None:
-        for lin in self.model.lins:
-            lin.weight.clamp_(min=0)  # type: ignore[operator, union-attr]
+        project_linear_weights(self.model)
 
     # -------------------------------------------------------------------------- validation
 

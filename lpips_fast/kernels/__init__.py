@@ -5,7 +5,8 @@ them; then one file an operator family holds its fake kernel and its derivative.
 tensors, never a network. Importing this package makes ``torch.ops.lpips_fast`` usable.
 """
 
-from . import convolution, distance, fire, max_pool, scale_images
+from . import convolution, distance, fire, max_pool, receptive_fields, scale_images
+from .checks import AttributeCheck, ModuleCheck, WeightWatch, lie_plainly
 from .dispatch import (
     autocast_dtype,
     has_kernel,
@@ -17,10 +18,12 @@ from .dispatch import (
     is_eager,
     is_out_of_memory,
 )
-from .libraries import LOADED_LIBRARIES, WeightWatch
+from .libraries import LOADED_LIBRARIES
 
 __all__ = [
     "LOADED_LIBRARIES",
+    "AttributeCheck",
+    "ModuleCheck",
     "WeightWatch",
     "autocast_dtype",
     "convolution",
@@ -34,6 +37,8 @@ __all__ = [
     "is_compiling",
     "is_eager",
     "is_out_of_memory",
+    "lie_plainly",
     "max_pool",
+    "receptive_fields",
     "scale_images",
 ]

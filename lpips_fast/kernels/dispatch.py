@@ -6,12 +6,14 @@ import os
 
 import torch
 
-from .libraries import LOADED_LIBRARIES
+from .libraries import CUDA_KERNELS, LOADED_LIBRARIES
 
 
 def has_kernel(device: torch.device) -> bool:
     """Whether features on ``device`` are served by a kernel, rather than by ``composed``."""
-    return device.type == "cpu" or (device.type == "cuda" and "_cuda" in LOADED_LIBRARIES)
+    if device.type != "cuda":
+        return device.type == "cpu"
+    return CUDA_KERNELS is not None and CUDA_KERNELS.run_on(device)
 
 
 _CUDA_TRUNK = os.environ.get("LPIPS_FAST_CUDA_TRUNK", "1") != "0"

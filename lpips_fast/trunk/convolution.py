@@ -17,6 +17,7 @@ On CUDA it is cuDNN's fused call (:mod:`lpips_fast.trunk.cuda_convolution`).
 from __future__ import annotations
 
 import os
+from collections.abc import Callable, Hashable
 from typing import NamedTuple
 
 import torch
@@ -34,7 +35,12 @@ class Convolution(NamedTuple):
     bias: Tensor  # (O,)
     stride: int
     padding: int
-    packed: PackedWeight
+    packed: PackedWeight | None  # None where nothing is packed: on CUDA
+
+    def packed_copy(self, purpose: Hashable, pack: Callable[[], Tensor]) -> Tensor:
+        """What ``pack`` makes of the weight, made once for a purpose."""
+        assert self.packed is not None
+        return self.packed.copy(purpose, pack)
 
     @property
     def kernel(self) -> int:
@@ -115,7 +121,7 @@ def convolve(conv: Convolution, x: Tensor, keep_nan: bool = False) -> Tensor:
             x, packed, bias, True, conv.out_channels, kernel, stride, padding
         )
     paddings, strides, dtype = [padding] * 2, [stride] * 2, x.dtype
-    weight = conv.packed.copy(
+    weight = conv.packed_copy(
         ("forward", dtype), lambda: _reordered(conv.weight.to(dtype), padding, stride, x.shape)
     )
     activation = "none" if keep_nan else "relu"
@@ -151,7 +157,7 @@ def packed_kernel(conv: Convolution, winograd: bool, gradient: bool = False) -> 
     pack = operators.winograd_pack if winograd else operators.direct_pack
     stride = conv.stride if winograd else 1  # which alone runs over blocks
     of_which = _gradient_weight if gradient else _block_weight
-    return conv.packed.copy(
+    return conv.packed_copy(
         (winograd, gradient), lambda: pack(of_which(conv.weight.detach().float(), stride))
     )
 
@@ -191,7 +197,7 @@ def input_gradient(
     else:
         grad = grad.contiguous(memory_format=torch.channels_last)
         dtype, shape = grad.dtype, grad.shape
-        packed = conv.packed.copy(
+        packed = conv.packed_copy(
             ("gradient", dtype),
             lambda: _reordered(
                 _gradient_weight(conv.weight.detach().to(dtype), stride).contiguous(

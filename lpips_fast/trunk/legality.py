@@ -11,7 +11,6 @@ from __future__ import annotations
 import functools
 from collections.abc import Iterable
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 import torch.nn.modules.module as torch_module
@@ -23,6 +22,7 @@ from .. import kernels
 from .cuda_convolution import DTYPES as CUDA_DTYPES
 from .fire import FireModule
 from .layers import make_layer
+from .max_pool import CeilMaxPool2d
 from .packing import is_packable
 from .table import IMAGE_CHANNELS, trunk_spec
 
@@ -40,7 +40,15 @@ _UNCOMPARED = frozenset(
         "_load_state_dict_post_hooks",
     }
 )
-_HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
+_HOOKS = (
+    "_forward_hooks",
+    "_forward_pre_hooks",
+    "_backward_hooks",
+    "_backward_pre_hooks",
+    "_forward_hooks_with_kwargs",
+    "_forward_hooks_always_called",
+    "_forward_pre_hooks_with_kwargs",
+)
 _GLOBAL_HOOKS = (
     "_global_forward_hooks",
     "_global_forward_pre_hooks",
@@ -76,6 +84,16 @@ class Template:
         self.buffers = tuple(module._buffers)
         self.children = tuple((k, Template(m)) for k, m in module._modules.items() if m is not None)
         self.child_names = tuple(k for k, _ in self.children)
+        self.check: kernels.ModuleCheck = kernels.ModuleCheck(
+            self.kind,
+            tuple(attributes),
+            self.configuration,
+            _HOOKS,
+            self.shapes,
+            self.buffers,
+            [(k, child.check) for k, child in self.children],
+            (nn.Parameter, Tensor),
+        )
 
 
 @dataclass(frozen=True)
@@ -98,6 +116,13 @@ def module_fault(module: nn.Module, template: Template, found: list[Tensor]) -> 
     Args:
         found: receives the parameters, in order.
     """
+    if template.check.matches(module, found):
+        return None
+    found.clear()
+    return _fault_in_words(module, template, found)
+
+
+def _fault_in_words(module: nn.Module, template: Template, found: list[Tensor]) -> Fault | None:
     fault = own_fault(module, template.kind, template.keys)
     if fault is not None:
         return fault
@@ -122,7 +147,7 @@ def module_fault(module: nn.Module, template: Template, found: list[Tensor]) -> 
     if tuple(children) != template.child_names:
         return Fault("", "holds other layers, or in another order, than as built")
     for key, child in template.children:
-        fault = module_fault(children[key], child, found)
+        fault = _fault_in_words(children[key], child, found)
         if fault is not None:
             return fault.within(key)
     return None
@@ -134,18 +159,31 @@ def own_fault(module: nn.Module, kind: type, keys: frozenset[str]) -> Fault | No
         return Fault("", f"is a {type(module).__name__}, not a {kind.__name__} as built")
     attributes = module.__dict__
     if attributes.keys() != keys:
-        odd = sorted(attributes.keys() ^ keys)
-        return Fault("", f"has other attributes than as built: {', '.join(odd)}")
+        odd = sorted(k for k in attributes.keys() ^ keys if k in keys or _is_read(module, kind, k))
+        if odd:
+            return Fault("", f"has other attributes than as built: {', '.join(odd)}")
     for key in _HOOKS:
         if attributes[key]:
             return Fault("", f"has a hook ({key.strip('_').replace('_', ' ')[:-1]})")
     return None
 
 
+def _is_read(module: nn.Module, kind: type, key: str) -> bool:
+    """Whether a further attribute stands before one that the class's own code reads.
+
+    Others mean nothing to it: frameworks mark the modules that they hold, as FSDP does.
+    """
+    attributes = module.__dict__
+    held = ("_parameters", "_buffers", "_modules")
+    return hasattr(kind, key) or any(key in attributes[group] for group in held)
+
+
 def weights_fault(
     parameters: list[Tensor], device: torch.device, dtype: torch.dtype
 ) -> Fault | None:
     """Why weights cannot be used as plain, dense and frozen ones, or None."""
+    if kernels.lie_plainly(parameters, device, dtype, torch.strided):
+        return None
     for parameter in parameters:
         if parameter.device != device:
             return Fault("", f"a weight is on {parameter.device} and the images are on {device}")
@@ -204,17 +242,22 @@ def fast_slice(
 # ------------------------------------------------------------------------------------ the call
 
 
-def _functions_of(kind: type) -> tuple[Any, ...]:
-    return tuple(
-        getattr(kind, name, None)
-        for name in ("forward", "__call__", "_call_impl", "_wrapped_call_impl", "_conv_forward")
-    )
-
-
-_CLASSES = (nn.Conv2d, nn.ReLU, nn.MaxPool2d, nn.Sequential, nn.Dropout, FireModule)
-_AS_IMPORTED = {kind: _functions_of(kind) for kind in _CLASSES}
-_FUNCTIONS = ("conv2d", "relu", "max_pool2d")
-_FUNCTIONS_AS_IMPORTED = {name: getattr(nn.functional, name) for name in _FUNCTIONS}
+_METHODS = ("forward", "__call__", "_call_impl", "_wrapped_call_impl", "_conv_forward")
+_CLASSES = (
+    nn.Conv2d,
+    nn.ReLU,
+    nn.MaxPool2d,
+    nn.Sequential,
+    nn.Dropout,
+    FireModule,
+    CeilMaxPool2d,
+)
+_FUNCTIONS = [
+    *((kind, name) for kind in _CLASSES for name in _METHODS if hasattr(kind, name)),
+    *((nn.functional, name) for name in ("conv2d", "relu", "max_pool2d")),
+]
+_AS_IMPORTED = [getattr(owner, name) for owner, name in _FUNCTIONS]
+_FUNCTION_CHECK = kernels.AttributeCheck(_FUNCTIONS)
 
 
 def call_fault(images: Iterable[Tensor], device: torch.device, dtype: torch.dtype) -> str | None:
@@ -239,12 +282,10 @@ def call_fault(images: Iterable[Tensor], device: torch.device, dtype: torch.dtyp
         return "a TorchFunctionMode is active"
     if any(getattr(torch_module, name) for name in _GLOBAL_HOOKS):
         return "hooks are registered for all modules"
-    for kind, functions in _AS_IMPORTED.items():
-        if _functions_of(kind) != functions:
-            return f"a method of {kind.__name__} was replaced"
-    for name, function in _FUNCTIONS_AS_IMPORTED.items():
-        if getattr(nn.functional, name) is not function:
-            return f"torch.nn.functional.{name} was replaced"
+    if not _FUNCTION_CHECK.unchanged():
+        for (owner, name), function in zip(_FUNCTIONS, _AS_IMPORTED):
+            if getattr(owner, name) is not function:
+                return f"{owner.__name__}.{name} was replaced"
     return device_fault(device, dtype)
 
 

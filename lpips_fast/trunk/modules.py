@@ -16,9 +16,11 @@ import torch.utils.checkpoint
 from torch import Tensor, nn
 
 from . import legality, packing
+from .detached import call_detached
 from .layers import make_layer
 from .legality import FastSlice, Fault
-from .slice_node import slice_tap
+from .receptive_fields import receptive_fields
+from .slice_node import as_images, slice_tap
 from .table import IMAGE_CHANNELS, TRUNKS, trunk_spec
 
 
@@ -110,6 +112,7 @@ class Trunk(nn.Module):
         checkpoint: bool = False,
         layers: Sequence[int] | None = None,
         fast: Sequence[FastSlice | Fault] | None = None,
+        frozen: bool = False,
     ) -> Iterator[Tensor]:
         """The taps of scaled images (N, 3, H, W) one after the other.
 
@@ -119,21 +122,29 @@ class Trunk(nn.Module):
             checkpoint: keep only the taps for backward, and recompute what lies between them.
             layers: which taps, ascending; ``None``: all. Nothing behind the last of them runs.
             fast: of :meth:`fast_slices`; a slice without one is called as a module.
+            frozen: no gradient reaches the weights.
         """
         wanted = range(self.N_slices) if layers is None else layers
+        keys: list[list[Tensor]] = []
+        if fast is not None and torch.is_grad_enabled() and x.requires_grad:
+            keys = receptive_fields(fast[: wanted[-1] + 1], as_images(x))
         held = [x]
         del x
         for layer, block in enumerate(self.slices()[: wanted[-1] + 1]):
             by_hand = fast[layer] if fast is not None else None
             if isinstance(by_hand, FastSlice):
+                of_slice = keys[layer] if keys else []
                 if checkpoint and torch.is_grad_enabled():
-                    held = [_checkpoint(functools.partial(slice_tap, by_hand), held.pop())]
+                    function = functools.partial(slice_tap, by_hand, keys=of_slice)
+                    held = [_checkpoint(function, held.pop())]
                 else:
-                    held = [slice_tap(by_hand, held)]
-            elif checkpoint and torch.is_grad_enabled():
-                held = [_checkpoint(block, held.pop())]
+                    held = [slice_tap(by_hand, held, of_slice)]
             else:
-                held = [block(held.pop())]
+                run = functools.partial(call_detached, block) if frozen else block
+                if checkpoint and torch.is_grad_enabled():
+                    held = [_checkpoint(run, held.pop())]
+                else:
+                    held = [run(held.pop())]
             if layer in wanted:
                 yield held[0]
 

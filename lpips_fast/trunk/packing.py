@@ -15,7 +15,7 @@ import weakref
 from collections.abc import Callable, Hashable, Iterable
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.multiprocessing.reductions import StorageWeakRef
 
 from ..kernels import WeightWatch
@@ -35,9 +35,11 @@ class PackedWeight:
         "_strides",
         "_version",
         "_watch",
+        "_weight",
     )
 
     def __init__(self, weight: Tensor) -> None:
+        self._weight = weakref.ref(weight)
         self._storage = StorageWeakRef(weight.untyped_storage())
         self._shape, self._strides, self._dtype = weight.shape, weight.stride(), weight.dtype
         self._version = _version(weight)
@@ -48,12 +50,10 @@ class PackedWeight:
 
     def is_of(self, weight: Tensor) -> bool:
         """Whether the copies are what packing ``weight`` now would give."""
-        if (
-            self._version != _version(weight)
-            or self._dtype != weight.dtype
-            or self._shape != weight.shape
-            or self._strides != weight.stride()
-            or self._storage.expired()
+        if self._version != _version(weight) or self._strides != weight.stride():
+            return False
+        if self._weight() is not weight and (
+            self._dtype != weight.dtype or self._shape != weight.shape or self._storage.expired()
         ):
             return False
         verdict = self._watch.look(weight.data_ptr())
@@ -88,14 +88,20 @@ _PACKED: dict[int, PackedWeight] = {}
 def packed_weight(weight: Tensor) -> PackedWeight:
     """The packed copies of a weight (O, I, k, k) that lies on the CPU, checked to be of today."""
     address = weight.data_ptr()
+    if address == 0 and weight.numel() > 0:
+        raise RuntimeError(
+            "the memory of a weight was freed between forward and backward; where weights are "
+            "sharded, call backward on what the sharded module returned"
+        )
     found = _PACKED.get(address)
     if found is not None and found.is_of(weight):
         return found
     for stale in [a for a, packed in list(_PACKED.items()) if packed._storage.expired()]:
         _PACKED.pop(stale, None)
     packed = _PACKED[address] = PackedWeight(weight)
-    if type(weight) is nn.Parameter:  # others come and go as views of one
-        weakref.finalize(weight, _forget, address, weakref.ref(packed)).atexit = False
+    # Of the memory, not of the parameter: torch swaps no tensor that somebody else looks at.
+    storage = weight.untyped_storage()
+    weakref.finalize(storage, _forget, address, weakref.ref(packed)).atexit = False
     return packed
 
 

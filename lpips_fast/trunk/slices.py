@@ -93,6 +93,7 @@ def input_gradient(
     grad: Tensor,
     x: Tensor,
     made: Sequence[Tensor],
+    keys: Sequence[Tensor] = (),
 ) -> Tensor:
     """The gradient to ``x``.
 
@@ -102,7 +103,10 @@ def input_gradient(
     Args:
         grad: the gradient to the tap before its ReLU.
         x, made: images and what :func:`record` made of them.
+        keys: before each pooling (:mod:`lpips_fast.trunk.receptive_fields`); none: ties go by
+            values.
     """
+    keys_left = list(keys)
     convolutions, left = _convolutions(layers, parameters, x), [x, *made]
     backend = _backend(x)
     for k in range(len(layers) - 1, -1, -1):
@@ -114,7 +118,8 @@ def input_gradient(
                 FireConvolutions(*convolutions[k]), grad, left[-1], squeezed, through_relu, backend
             )
         elif isinstance(layer, MaxPool):
-            grad = _pool_gradient(layer, grad, left[-1], result)
+            key = keys_left.pop() if keys_left else None
+            grad = _pool_gradient(layer, grad, left[-1], result, key)
         else:
             grad = backend.input_gradient(convolutions[k][0], grad, left[-1], through_relu)
     return grad
@@ -167,6 +172,8 @@ def _pool(layer: MaxPool, x: Tensor) -> Tensor:
     return torch.ops.lpips_fast.max_pool2d(x, layer.kernel, layer.stride, layer.ceil_mode)
 
 
-def _pool_gradient(layer: MaxPool, grad: Tensor, x: Tensor, y: Tensor) -> Tensor:
+def _pool_gradient(
+    layer: MaxPool, grad: Tensor, x: Tensor, y: Tensor, keys: Tensor | None
+) -> Tensor:
     grad, x = (t.contiguous(memory_format=torch.channels_last) for t in (grad, x))
-    return torch.ops.lpips_fast.max_pool2d_backward(grad, x, y, layer.kernel, layer.stride)
+    return torch.ops.lpips_fast.max_pool2d_backward(grad, x, y, layer.kernel, layer.stride, keys)

@@ -12,6 +12,7 @@ import torch
 
 from lpips_fast import LPIPS, cli
 from lpips_fast.cli.model import add_model_arguments, distance_name, load_model, metric_name
+from lpips_fast.linear import linear_weight
 
 Image = pytest.importorskip("PIL.Image", reason="the command line reads images with Pillow")
 
@@ -105,7 +106,7 @@ class TestModels:
         assert isinstance(model, LPIPS) and model.layers == (0, 2)
         assert {p.dtype for p in model.net.parameters()} == {wanted}
         outside = torch.float64 if dtype == "float64" else torch.float32
-        assert model.scaling_layer.shift.dtype == model.lin0.weight.dtype == outside
+        assert model.scaling_layer.shift.dtype == linear_weight(model.lin0).dtype == outside
         image = torch.rand(1, 3, 40, 40)
         assert model(image, 1 - image).dtype == outside
 

@@ -15,6 +15,7 @@ import lpips_fast
 from lpips_fast import cli
 from lpips_fast.judgements.datasets import JNDDataset, TwoAFCDataset
 from lpips_fast.judgements.scoring import evaluate_2afc, evaluate_jnd
+from lpips_fast.linear import linear_weight
 
 pytest.importorskip("PIL.Image", reason="the command line reads images with Pillow")
 pytest.importorskip("matplotlib", reason="train draws a learning curve")
@@ -243,7 +244,7 @@ def test_linear_weights_alone_go_on_the_trunk_that_is_found(
 
 def _lins(weights: Path) -> list[torch.Tensor]:
     lpips = lpips_fast.LPIPS(weights=weights, verbose=False)
-    return [lin.weight.detach().clone() for lin in lpips.lins]
+    return [linear_weight(lin).detach().clone() for lin in lpips.lins]
 
 
 @pytest.fixture(scope="module")

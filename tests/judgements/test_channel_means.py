@@ -10,6 +10,7 @@ from torch import Tensor
 import lpips_fast
 from lpips_fast import composed, functional, kernels
 from lpips_fast.judgements import channel_means
+from lpips_fast.linear import linear_weight
 from lpips_fast.weights import WeightsError
 
 SHAPES = ((3, 8, 5, 7), (3, 33, 2, 2), (3, 64, 1, 1))
@@ -107,7 +108,7 @@ def items() -> list[dict[str, Tensor]]:
 
 
 def lin_weights(model: lpips_fast.LPIPS) -> Tensor:
-    return torch.cat([lin.weight.detach().flatten() for lin in model.lins])
+    return torch.cat([linear_weight(lin).detach().flatten() for lin in model.lins])
 
 
 @pytest.mark.parametrize("batch_size", [2, 50])

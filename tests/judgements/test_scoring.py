@@ -12,6 +12,7 @@ from parity import image_pair, trunk_weights
 
 import lpips_fast
 from lpips_fast.judgements import scoring
+from lpips_fast.linear import linear_weight
 from lpips_fast.weights import WeightsError
 
 
@@ -163,7 +164,7 @@ def test_evaluation_drops_nothing_and_leaves_the_mode(model: lpips_fast.LPIPS) -
 def test_damaged_weights_are_told() -> None:
     damaged = lpips_fast.LPIPS(weights=trunk_weights("alex"), verbose=False)
     with torch.no_grad():
-        damaged.lins[0].weight[0, 0] = float("nan")
+        linear_weight(damaged.lins[0])[0, 0] = float("nan")
     with pytest.raises(WeightsError, match="4 of 4 distances are NaN"):
         scoring.evaluate_2afc(damaged, items(4, ("ref", "p0", "p1"), "judge", seed=6))
 

@@ -25,6 +25,7 @@ from lpips_fast.judgements.training import (
     TrainingOptions,
     new_model,
 )
+from lpips_fast.linear import linear_weight
 from lpips_fast.weights import WeightsError
 
 SHORT = TrainingOptions(epochs=2, decay_epochs=1, batch_size=4, learning_rate=1e-3)
@@ -107,10 +108,12 @@ def test_training_finds_the_hidden_weights(world: dict[str, Any], dropout: float
     assert after.score > before.score + 0.08
     assert after.score > ceiling.score - 0.10
     # Typically 0.75; ones, and random weights, have none.
-    found = rank_correlation(run.model.lins[0].weight, world["hidden"].lins[0].weight)
+    found = rank_correlation(
+        linear_weight(run.model.lins[0]), linear_weight(world["hidden"].lins[0])
+    )
     assert found > 0.4
     # The layers that nobody looked at weigh less than the one that all looked at.
-    means = [lin.weight.mean().item() for lin in run.model.lins]
+    means = [linear_weight(lin).mean().item() for lin in run.model.lins]
     assert max(means[1:]) < means[0]
 
 

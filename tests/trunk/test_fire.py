@@ -6,10 +6,14 @@ import copy
 
 import pytest
 import torch
+from served import needs
 from torch import Tensor
 
 from lpips_fast import kernels
-from lpips_fast.trunk.fire import FireModule
+from lpips_fast.trunk import convolution, fire
+from lpips_fast.trunk.convolution import Convolution
+from lpips_fast.trunk.fire import FireConvolutions, FireModule
+from lpips_fast.trunk.packing import packed_weight
 
 OPS = torch.ops.lpips_fast
 # Channels in, squeezed and expanded: SqueezeNet's, then below, at and beyond vectors and panels.
@@ -28,28 +32,28 @@ def some_images(*shape: int, part: bool = False) -> Tensor:
     return torch.randn(shape).relu().contiguous(memory_format=torch.channels_last)
 
 
-def packed(fire: FireModule, winograd: bool) -> list:
+def packed(module: FireModule, winograd: bool) -> list:
     pack3x3 = OPS.winograd_pack if winograd else OPS.direct_pack
     return [
-        OPS.direct_pack(fire.squeeze.weight),
-        fire.squeeze.bias,
-        OPS.direct_pack(fire.expand1x1.weight),
-        fire.expand1x1.bias,
-        pack3x3(fire.expand3x3.weight),
-        fire.expand3x3.bias,
+        OPS.direct_pack(module.squeeze.weight),
+        module.squeeze.bias,
+        OPS.direct_pack(module.expand1x1.weight),
+        module.expand1x1.bias,
+        pack3x3(module.expand3x3.weight),
+        module.expand3x3.bias,
         winograd,
     ]
 
 
-def packed_gradients(fire: FireModule, winograd: bool) -> list[Tensor]:
+def packed_gradients(module: FireModule, winograd: bool) -> list[Tensor]:
     def gradient(conv):
         return conv.weight.flip(2, 3).transpose(0, 1)
 
     pack3x3 = OPS.winograd_pack if winograd else OPS.direct_pack
     return [
-        OPS.direct_pack(gradient(fire.squeeze)),
-        OPS.direct_pack(gradient(fire.expand1x1)),
-        pack3x3(gradient(fire.expand3x3)),
+        OPS.direct_pack(gradient(module.squeeze)),
+        OPS.direct_pack(gradient(module.expand1x1)),
+        pack3x3(gradient(module.expand3x3)),
     ]
 
 
@@ -68,77 +72,77 @@ def assert_close(result: Tensor, expected: Tensor, tolerance: float = 2e-6) -> N
 @pytest.mark.parametrize("channels", CHANNELS, ids=str)
 class TestAgainstFloat64:
     def test_forward(self, channels, size, winograd, part):
-        fire = FireModule(*channels).requires_grad_(False)
+        module = FireModule(*channels).requires_grad_(False)
         x = some_images(2, channels[0], *size, part=part)
-        squeezed, y = OPS.fire(x, *packed(fire, winograd))
-        fire.double()
-        expected = fire.squeeze(x.double()).relu()
+        squeezed, y = OPS.fire(x, *packed(module, winograd))
+        module.double()
+        expected = module.squeeze(x.double()).relu()
         assert_close(squeezed, torch.nn.functional.pad(expected, (1, 1, 1, 1)))
-        both = [conv(expected).relu() for conv in (fire.expand1x1, fire.expand3x3)]
+        both = [conv(expected).relu() for conv in (module.expand1x1, module.expand3x3)]
         assert_close(y, torch.cat(both, dim=1))
 
     def test_backward(self, channels, size, winograd, part):
-        fire = FireModule(*channels).requires_grad_(False)
+        module = FireModule(*channels).requires_grad_(False)
         x = some_images(2, channels[0], *size)
-        squeezed, _ = OPS.fire(x, *packed(fire, False))
+        squeezed, _ = OPS.fire(x, *packed(module, False))
         grad = some_images(2, 2 * channels[2], *size, part=part) - 0.5
-        weights = packed_gradients(fire, winograd)
+        weights = packed_gradients(module, winograd)
         results = [OPS.fire_backward(grad, x, squeezed, *weights, r, winograd) for r in (0, 1)]
 
-        fire.double()
+        module.double()
         x64 = x.double().requires_grad_()
         # The mask of the float32 pass: within rounding of 0 a value may fall on either side.
-        narrow = fire.squeeze(x64) * (squeezed[:, :, 1:-1, 1:-1] > 0)
-        both = torch.cat((fire.expand1x1(narrow), fire.expand3x3(narrow)), dim=1)
+        narrow = module.squeeze(x64) * (squeezed[:, :, 1:-1, 1:-1] > 0)
+        both = torch.cat((module.expand1x1(narrow), module.expand3x3(narrow)), dim=1)
         (expected,) = torch.autograd.grad(both, x64, grad.double())
         assert_close(results[0], expected, 4e-6)
         assert_close(results[1], expected * (x > 0), 4e-6)
 
 
 def test_an_image_has_the_same_bits_in_any_batch_and_with_any_threads():
-    fire = FireModule(64, 16, 64).requires_grad_(False)
+    module = FireModule(64, 16, 64).requires_grad_(False)
     x = some_images(9, 64, 31, 29)
-    _, together = OPS.fire(x, *packed(fire, False))
+    _, together = OPS.fire(x, *packed(module, False))
     for k in range(len(x)):
-        assert torch.equal(OPS.fire(x[k : k + 1], *packed(fire, False))[1], together[k : k + 1])
+        assert torch.equal(OPS.fire(x[k : k + 1], *packed(module, False))[1], together[k : k + 1])
     threads = torch.get_num_threads()
     try:
         torch.set_num_threads(1 if threads > 1 else 3)
-        assert torch.equal(OPS.fire(x, *packed(fire, False))[1], together)
+        assert torch.equal(OPS.fire(x, *packed(module, False))[1], together)
     finally:
         torch.set_num_threads(threads)
 
 
 @pytest.mark.parametrize("scale", [1e-30, 1e-12, 1e12, 1e30])
 def test_magnitudes(scale):
-    fire = FireModule(8, 4, 16).requires_grad_(False)
-    for conv in fire.children():
+    module = FireModule(8, 4, 16).requires_grad_(False)
+    for conv in module.children():
         conv.bias.zero_()
     x = some_images(1, 8, 6, 7)
-    _, expected = OPS.fire(x, *packed(fire, False))
-    _, y = OPS.fire(x * scale, *packed(fire, False))
+    _, expected = OPS.fire(x, *packed(module, False))
+    _, y = OPS.fire(x * scale, *packed(module, False))
     torch.testing.assert_close(y / scale, expected)
 
 
 @pytest.mark.parametrize("winograd", [False, True], ids=["direct", "winograd"])
 def test_nan_and_infinity_do_not_get_lost(winograd):
-    fire = FireModule(8, 4, 16).requires_grad_(False)
-    fire.squeeze.weight[:, 3].abs_()  # minus infinity would end in the ReLU
+    module = FireModule(8, 4, 16).requires_grad_(False)
+    module.squeeze.weight[:, 3].abs_()  # minus infinity would end in the ReLU
     for value in (torch.nan, torch.inf):
         x = some_images(1, 8, 20, 20)
         x[0, 3, 5, 6] = value
-        _, y = OPS.fire(x, *packed(fire, winograd))
+        _, y = OPS.fire(x, *packed(module, winograd))
         assert not y[0, :, 4:7, 5:8].isfinite().all()
         assert y[0, :, 14:, 14:].isfinite().all()
 
 
 @pytest.mark.parametrize("shape", [(0, 8, 5, 5), (2, 8, 0, 5)], ids=str)
 def test_nothing_at_all(shape):
-    fire = FireModule(8, 4, 16).requires_grad_(False)
+    module = FireModule(8, 4, 16).requires_grad_(False)
     x = torch.empty(shape)
-    squeezed, y = OPS.fire(x, *packed(fire, False))
+    squeezed, y = OPS.fire(x, *packed(module, False))
     assert y.shape == (shape[0], 32, *shape[2:])
-    grad = OPS.fire_backward(y, x, squeezed, *packed_gradients(fire, False), True, False)
+    grad = OPS.fire_backward(y, x, squeezed, *packed_gradients(module, False), True, False)
     assert grad.shape == x.shape
 
 
@@ -158,85 +162,83 @@ def test_nothing_at_all(shape):
     ],
 )
 def test_what_does_not_fit_is_refused(call, message):
-    fire = FireModule(8, 4, 16).requires_grad_(False)
+    module = FireModule(8, 4, 16).requires_grad_(False)
     with pytest.raises(RuntimeError, match=message):
-        call(some_images(1, 8, 5, 5), packed(fire, False))
+        call(some_images(1, 8, 5, 5), packed(module, False))
 
 
 def test_fake_kernels():
-    fire = FireModule(8, 4, 16).requires_grad_(False)
+    module = FireModule(8, 4, 16).requires_grad_(False)
     x, grad = some_images(2, 8, 5, 6), some_images(2, 32, 5, 6)
-    squeezed, _ = OPS.fire(x, *packed(fire, False))
+    squeezed, _ = OPS.fire(x, *packed(module, False))
     checks = ("test_schema", "test_faketensor")
-    torch.library.opcheck(OPS.fire.default, (x, *packed(fire, False)), test_utils=checks)
-    arguments = (grad, x, squeezed, *packed_gradients(fire, False), True, False)
+    torch.library.opcheck(OPS.fire.default, (x, *packed(module, False)), test_utils=checks)
+    arguments = (grad, x, squeezed, *packed_gradients(module, False), True, False)
     torch.library.opcheck(OPS.fire_backward.default, arguments, test_utils=checks)
+
+
+def convolutions(module: FireModule) -> FireConvolutions:
+    """As a slice hands them on."""
+    return FireConvolutions(
+        *(
+            Convolution(conv.weight, conv.bias, 1, conv.padding[0], packed_weight(conv.weight))
+            for conv in (module.squeeze, module.expand1x1, module.expand3x3)
+        )
+    )
+
+
+def in_float64(module: FireModule, x: Tensor) -> Tensor:
+    return copy.deepcopy(module).double()(x.double())
 
 
 @pytest.mark.parametrize("size", [(3, 4), (9, 9)], ids=str)
 class TestModule:
-    def test_ways_agree(self, size):
-        fire = FireModule(64, 32, 48).requires_grad_(False)
+    def test_ways_agree(self, size, monkeypatch):
+        module = FireModule(64, 32, 48).requires_grad_(False)
         x = some_images(2, 64, *size)
         grad = some_images(2, 96, *size) - 0.5
-        with torch.no_grad():
-            expected = fire.double()(x.double())
-            fire.float()
-            y = fire(x)
-            squeezed, recorded = fire.record(x)
-        assert_close(y, expected)
-        assert torch.equal(recorded, y)
-        assert torch.equal(fire(x), y), "without a graph to make, though grad is enabled"
-        x.requires_grad_()
-        differentiable = fire(x)
-        assert torch.equal(differentiable, y)
-        (got,) = torch.autograd.grad(differentiable, x, grad)
-        in_steps = fire._in_steps(x)
-        assert_close(in_steps.detach(), expected)
-        (reference,) = torch.autograd.grad(in_steps, x, grad)
-        assert_close(got, reference.double(), 1e-5)
-        # As Slice calls it: from behind the ReLUs.
-        before_relu = torch.ops.aten.threshold_backward(grad, y, 0)
-        with torch.no_grad():
-            got = fire.input_gradient(before_relu, x.detach(), squeezed, False)
-        assert_close(got, reference.double(), 1e-5)
-
-    def test_second_derivative(self, size):
-        fire = FireModule(64, 32, 48).requires_grad_(False)
-        x = some_images(1, 64, *size).requires_grad_()
-        results = []
-        for function in (fire, fire._in_steps):
-            (grad,) = torch.autograd.grad(function(x).square().sum(), x, create_graph=True)
-            results.append(torch.autograd.grad(grad.square().sum(), x)[0])
-        assert_close(results[0], results[1].double(), 1e-4)
-
-    def test_a_bias_that_learns(self, size):
-        fire = FireModule(64, 32, 48).requires_grad_(False)
-        fire.expand1x1.bias.requires_grad_()
-        fire(some_images(1, 64, *size)).sum().backward()
-        assert fire.expand1x1.bias.grad.abs().sum() > 0
+        x64 = x.double().requires_grad_()
+        expected = in_float64(module, x64)
+        assert_close(module(x), expected)
+        (reference,) = torch.autograd.grad(expected, x64, grad.double())
+        for one_call in (True, False):
+            if not one_call:
+                monkeypatch.setattr(kernels, "has_wide_vectors", lambda: False)
+            squeezed, y = fire.record(convolutions(module), x, convolution)
+            assert_close(y, expected)
+            # As a slice calls it: from behind the ReLUs.
+            before_relu = torch.ops.aten.threshold_backward(grad, y, 0)
+            for through_relu in (False, True):
+                got = fire.input_gradient(
+                    convolutions(module), before_relu, x, squeezed, through_relu, convolution
+                )
+                assert_close(got, reference * (x > 0) if through_relu else reference, 1e-5)
 
     @pytest.mark.skipif(not kernels.has_wide_vectors(), reason="there are no wide vectors here")
     def test_where_it_is_one_call(self, size, monkeypatch):
-        fire = FireModule(64, 32, 48).requires_grad_(False)
         x = some_images(1, 64, *size)
-        assert fire._is_one_call(x)
-        assert not fire._is_one_call(x.bfloat16())
-        assert not fire._is_one_call(x.double())
-        for conv in fire.children():
-            conv.weight.requires_grad_()
-            assert not fire._is_one_call(x)
-            conv.weight.requires_grad_(False)
+        assert fire.has_border(x)
+        assert not fire.has_border(x.bfloat16())
+        assert not fire.has_border(x.double())
+        assert not fire.has_border(x.to("meta"))
         monkeypatch.setattr(kernels, "has_wide_vectors", lambda: False)
-        with torch.no_grad():
-            assert not fire._is_one_call(x)
-            assert_close(fire(x), copy.deepcopy(fire).double()(x.double()))
+        assert not fire.has_border(x)
+
+    @needs(torch.bfloat16)
+    def test_half_precision(self, size):
+        module = FireModule(64, 32, 48).requires_grad_(False)
+        x = some_images(2, 64, *size)
+        expected = in_float64(module, x)
+        module.bfloat16()
+        _, y = fire.record(convolutions(module), x.bfloat16(), convolution)
+        assert y.dtype == torch.bfloat16
+        assert_close(y, expected, 0.01)
 
     def test_weights_that_changed_are_packed_anew(self, size):
-        fire = FireModule(64, 32, 48).requires_grad_(False)
+        module = FireModule(64, 32, 48).requires_grad_(False)
         x = some_images(1, 64, *size)
-        with torch.no_grad():
-            fire(x)
-            fire.expand3x3.weight.mul_(-2)
-            fire.squeeze.weight.add_(0.1)
-            assert_close(fire(x), copy.deepcopy(fire).double()(x.double()))
+        fire.record(convolutions(module), x, convolution)
+        module.expand3x3.weight.mul_(-2)
+        module.squeeze.weight.data.add_(0.1)
+        _, y = fire.record(convolutions(module), x, convolution)
+        assert_close(y, in_float64(module, x))
