@@ -119,7 +119,7 @@ def _run(options: argparse.Namespace) -> None:
     if options.output:
         _write_matrix(options, rows, columns or rows, matrix.numpy(), report)
     if options.json:
-        print(json.dumps(report, indent=2, allow_nan=False))
+        print_to(json.dumps(report, indent=2, allow_nan=False), sys.stdout)
     else:
         print_to(_words(options, rows, columns, report), sys.stdout)
     refuse_unreadable(rows, columns)

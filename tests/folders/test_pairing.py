@@ -192,7 +192,7 @@ def test_a_name_that_is_no_text(tmp_path: Path) -> None:
 
 
 def test_an_unknown_match_is_named(tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match="match is 'size', expected 'name' or 'stem'"):
+    with pytest.raises(ValueError, match="match is 'size', expected 'name', 'stem' or Patterns"):
         pair_folders(tmp_path, tmp_path, match="size")  # type: ignore[arg-type]
 
 
