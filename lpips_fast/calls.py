@@ -24,7 +24,9 @@ from .trunk.legality import (
     Fault,
     Template,
     call_fault,
+    calls_fault,
     device_fault,
+    functions_of,
     module_fault,
     own_fault,
 )
@@ -136,14 +138,13 @@ def fast_path(model: LPIPS) -> dict[str, str]:
     """Of every part of a model ``"yes"``, or the first reason why it is called as a module."""
     like = like_of(model)
     dtype = model.dtype or like.dtype
-    faults: dict[str, object] = {"scaling_layer": scaling_fault(model.scaling_layer)}
     whole = call_fault([], like.device, dtype) or trunk_fault(model.net)
+    faults: dict[str, object] = {"scaling_layer": whole or scaling_fault(model.scaling_layer)}
     slices = model.net.fast_slices(like.device, dtype) if whole is None else []
     for k in range(len(tap_channels(model.net_name))):
         found = slices[k] if slices else whole
         faults[f"slice{k + 1}"] = None if isinstance(found, FastSlice) else found
-    lins = (lin_fault(model, k) for k in model.layers) if model.lpips else iter(())
-    faults["lins"] = next((fault for fault in lins if fault is not None), None)
+    faults["lins"] = lins_fault(model)
     return {part: "yes" if fault is None else str(fault) for part, fault in faults.items()}
 
 
@@ -161,12 +162,21 @@ def size_of(image: Tensor) -> tuple[int, int]:
 # --------------------------------------------------------------------------- is it as built?
 
 
+_AS_IMPORTED = {kind: functions_of(kind) for kind in (Trunk, ScalingLayer, NetLinLayer)}
+
+
+def _class_fault(kind: type) -> Fault | None:
+    if functions_of(kind) == _AS_IMPORTED[kind]:
+        return None
+    return Fault("", f"has a class, {kind.__name__}, of which a method was replaced")
+
+
 _TRUNK_ATTRIBUTES = frozenset(nn.Module().__dict__) | {"net_name", "N_slices", "_outputs"}
 
 
 def trunk_fault(net: nn.Module) -> Fault | None:
     """Why the trunk is called whole: replaced, or somebody waits for it to be called."""
-    return own_fault(net, Trunk, _TRUNK_ATTRIBUTES)
+    return own_fault(net, Trunk, _TRUNK_ATTRIBUTES) or _class_fault(Trunk)
 
 
 @functools.cache
@@ -176,7 +186,11 @@ def _scaling_template() -> Template:
 
 def scaling_fault(layer: nn.Module) -> Fault | None:
     """Why the scaling layer is called as a module."""
-    return module_fault(layer, _scaling_template(), [])
+    found: list[Tensor] = []
+    fault = module_fault(layer, _scaling_template(), found) or _class_fault(ScalingLayer)
+    if fault is None and any(buffer.requires_grad for buffer in found):
+        return Fault("", "has buffers that learn")
+    return fault
 
 
 @functools.cache
@@ -189,7 +203,9 @@ def lin_fault(model: LPIPS, layer: int) -> Fault | None:
     """Why a linear layer is called as a module, instead of the kernels taking its weights."""
     lin = model.lins[layer]
     inner = lin.model if isinstance(lin, NetLinLayer) else ()
-    fault = module_fault(lin, _lin_template(model.chns[layer], len(inner) > 1), [])
+    channels = tap_channels(model.net_name)[layer]
+    fault = module_fault(lin, _lin_template(channels, len(inner) > 1), [])
+    fault = fault or _class_fault(NetLinLayer)
     if fault is None and drops(lin):  # type: ignore[arg-type]
         return Fault("", "drops channels in training mode")
     return fault
@@ -202,8 +218,16 @@ def _is_linear(lin: nn.Module) -> bool:
     return not any(compiled.is_watched(module) for module in (lin, lin.model, lin.model[-1]))
 
 
+def lins_fault(model: LPIPS) -> Fault | str | None:
+    """Why the linear layers are called as modules; the baseline has none."""
+    if not model.lpips:
+        return None
+    faults = (lin_fault(model, k) for k in model.layers)
+    return calls_fault() or next((fault for fault in faults if fault is not None), None)
+
+
 def lins_are_linear(model: LPIPS) -> bool:
     """Whether the linear layers are nothing but weights a channel: as built, without dropout."""
     if kernels.is_compiling():
         return not model.lpips or all(_is_linear(model.lins[k]) for k in model.layers)
-    return not model.lpips or all(lin_fault(model, k) is None for k in model.layers)
+    return lins_fault(model) is None

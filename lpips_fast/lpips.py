@@ -20,6 +20,7 @@ from .routes import layer_distances
 from .scaling import ScalingLayer
 from .spatial import spatial_average, upsample
 from .trunk import Trunk, check_layers, minimum_size, tap_channels
+from .trunk.packing import forget
 from .weights import load_trunk_and_linear_weights
 
 if TYPE_CHECKING:
@@ -206,7 +207,7 @@ class LPIPS(nn.Module):
         For code that writes a few single weights behind torch's back; a write to a whole filter or
         channel, by whatever way, is seen without.
         """
-        self.net.repack()
+        forget(self.parameters())
 
     # ------------------------------------------------------------------------------- features
 

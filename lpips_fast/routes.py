@@ -22,6 +22,7 @@ from .inputs import check_same_size, common_batch
 from .linear import linear_weight
 from .slice_distance import slice_distance
 from .spatial import spatial_average, upsample
+from .trunk import tap_channels
 from .trunk.legality import FastSlice
 from .trunk.slice_node import slice_tap
 
@@ -166,7 +167,8 @@ def _slice_by_slice(
     model = call.model
     assert call.by_hand is not None
     layers = []
-    weights = iter(channel_weights(model, x))
+    channels = [tap_channels(model.net_name)[k] for k in model.layers]
+    weights = iter(channel_weights(model, x, model.layers, channels))
     for by_hand, target in zip(call.by_hand, targets):
         assert isinstance(by_hand, FastSlice)
         if target is None:
@@ -205,7 +207,7 @@ def compare(
             )
             maps.append(model.lins[k]((normal0 - normal1) ** 2))
         return [upsample(m, size) if model.spatial else spatial_average(m) for m in maps]
-    weights = channel_weights(model, taps0[0], layers)
+    weights = channel_weights(model, taps0[0], layers, [tap.shape[1] for tap in taps0])
     if not kernels.has_operators():
         maps = [
             composed.distance_map(a, b, w, eps, model.normalization)
@@ -223,13 +225,16 @@ def compare(
 
 
 def channel_weights(
-    model: LPIPS, like: Tensor, layers: Sequence[int] | None = None
+    model: LPIPS, like: Tensor, layers: Sequence[int], channels: Sequence[int]
 ) -> list[Tensor]:
-    """(C_l,) of the compared layers, as the operators take them beside features ``like``."""
+    """(C_l,) of some layers, as the operators take them beside features ``like``.
+
+    Args:
+        channels: of the taps, which a slice that somebody replaced may have changed.
+    """
     dtype = accumulator_dtype(like.dtype)
-    layers = model.layers if layers is None else layers
     if not model.lpips:
-        return [like.new_ones(model.chns[k], dtype=dtype) for k in layers]
+        return [like.new_ones(count, dtype=dtype) for count in channels]
     return [linear_weight(model.lins[k]).view(-1).to(dtype) for k in layers]  # type: ignore[arg-type]
 
 

@@ -33,6 +33,7 @@ _UNCOMPARED = frozenset(
         "_parameters",
         "_buffers",
         "_modules",
+        "_is_full_backward_hook",  # the kind of the last one, kept when it is gone
         "_non_persistent_buffers_set",
         "_state_dict_hooks",
         "_state_dict_pre_hooks",
@@ -73,7 +74,9 @@ class Template:
         self.shapes = tuple(
             (k, None if p is None else p.shape) for k, p in module._parameters.items()
         )
-        self.buffers = tuple(module._buffers)
+        self.buffers = tuple(
+            (k, None if b is None else b.shape) for k, b in module._buffers.items()
+        )
         self.children = tuple((k, Template(m)) for k, m in module._modules.items() if m is not None)
         self.child_names = tuple(k for k, _ in self.children)
 
@@ -92,11 +95,15 @@ class Fault:
         return Fault(f"{name}.{self.where}" if self.where else name, self.what)
 
 
+#: Of modules that are as built and only learn: these may be given images in any memory order.
+LEARNS = Fault("", "has weights that learn")
+
+
 def module_fault(module: nn.Module, template: Template, found: list[Tensor]) -> Fault | None:
     """The first thing in which a module differs from its template, or None.
 
     Args:
-        found: receives the parameters, in order.
+        found: receives the parameters and buffers, in order.
     """
     fault = own_fault(module, template.kind, template.keys)
     if fault is not None:
@@ -104,20 +111,21 @@ def module_fault(module: nn.Module, template: Template, found: list[Tensor]) -> 
     attributes = module.__dict__
     for key, value in template.configuration:
         now = attributes[key]
-        if now is not value and now != value:
+        if now is not value and (type(now) is not type(value) or now != value):
             return Fault("", f"has {key} {now!r}, not {value!r} as built")
-    parameters = attributes["_parameters"]
-    if len(parameters) != len(template.shapes) or tuple(attributes["_buffers"]) != template.buffers:
-        return Fault("", "holds other parameters or buffers than as built")
-    for key, shape in template.shapes:
-        parameter = parameters.get(key)
-        if parameter is None and shape is None:
-            continue
-        if type(parameter) is not nn.Parameter and type(parameter) is not Tensor:
-            return Fault("", f"has a {key} that is a {type(parameter).__name__}, no plain tensor")
-        if parameter.shape != shape:  # type: ignore[union-attr]
-            return Fault("", f"has a {key} of another shape than as built")
-        found.append(parameter)  # type: ignore[arg-type]
+    for kind, shapes in (("_parameters", template.shapes), ("_buffers", template.buffers)):
+        tensors = attributes[kind]
+        if len(tensors) != len(shapes):
+            return Fault("", "holds other parameters or buffers than as built")
+        for key, shape in shapes:
+            tensor = tensors.get(key)
+            if tensor is None and shape is None:
+                continue
+            if type(tensor) is not nn.Parameter and type(tensor) is not Tensor:
+                return Fault("", f"has a {key} that is a {type(tensor).__name__}, no plain tensor")
+            if tensor.shape != shape:
+                return Fault("", f"has a {key} of another shape than as built")
+            found.append(tensor)
     children = attributes["_modules"]
     if tuple(children) != template.child_names:
         return Fault("", "holds other layers, or in another order, than as built")
@@ -153,7 +161,7 @@ def weights_fault(
             return Fault("", f"a weight is {parameter.dtype} and the images are {dtype}")
         if parameter.layout is not torch.strided or parameter.data_ptr() == 0:
             return Fault("", "a weight has no memory of its own")
-        if parameter.dim() == 4 and not is_packable(parameter):
+        if not (is_packable(parameter) if parameter.dim() == 4 else parameter.is_contiguous()):
             return Fault("", "a weight does not lie dense in memory")
     return None
 
@@ -195,7 +203,7 @@ def fast_slice(
     if fault is not None:
         return fault
     if not frozen and torch.is_grad_enabled() and any(p.requires_grad for p in found):
-        return Fault("", "has weights that learn")
+        return LEARNS
     autocast = kernels.autocast_dtype(device) is not None
     fault = weights_fault(found, device, found[0].dtype if autocast else dtype)
     return FastSlice(net, number, tuple(found)) if fault is None else fault
@@ -204,7 +212,8 @@ def fast_slice(
 # ------------------------------------------------------------------------------------ the call
 
 
-def _functions_of(kind: type) -> tuple[Any, ...]:
+def functions_of(kind: type) -> tuple[Any, ...]:
+    """What a call of a module of some class runs, to compare with what it was at import."""
     return tuple(
         getattr(kind, name, None)
         for name in ("forward", "__call__", "_call_impl", "_wrapped_call_impl", "_conv_forward")
@@ -212,7 +221,7 @@ def _functions_of(kind: type) -> tuple[Any, ...]:
 
 
 _CLASSES = (nn.Conv2d, nn.ReLU, nn.MaxPool2d, nn.Sequential, nn.Dropout, FireModule)
-_AS_IMPORTED = {kind: _functions_of(kind) for kind in _CLASSES}
+_AS_IMPORTED = {kind: functions_of(kind) for kind in _CLASSES}
 _FUNCTIONS = ("conv2d", "relu", "max_pool2d")
 _FUNCTIONS_AS_IMPORTED = {name: getattr(nn.functional, name) for name in _FUNCTIONS}
 
@@ -231,6 +240,11 @@ def call_fault(images: Iterable[Tensor], device: torch.device, dtype: torch.dtyp
             return "the batch is empty"
     if not kernels.is_eager():
         return "torch is exporting, tracing or transforming the call"
+    return calls_fault() or device_fault(device, dtype)
+
+
+def calls_fault() -> str | None:
+    """Why every module is called just now, whatever it is: somebody watches or changes all."""
     if torch._C._len_torch_dispatch_stack() > 0:
         return "a TorchDispatchMode is active"
     if torch._C._len_torch_function_stack() > 0 and any(
@@ -240,12 +254,14 @@ def call_fault(images: Iterable[Tensor], device: torch.device, dtype: torch.dtyp
     if any(getattr(torch_module, name) for name in _GLOBAL_HOOKS):
         return "hooks are registered for all modules"
     for kind, functions in _AS_IMPORTED.items():
-        if _functions_of(kind) != functions:
+        if functions_of(kind) != functions:
             return f"a method of {kind.__name__} was replaced"
+        if getattr(nn, kind.__name__, kind) is not kind:
+            return f"torch.nn.{kind.__name__} was replaced"
     for name, function in _FUNCTIONS_AS_IMPORTED.items():
         if getattr(nn.functional, name) is not function:
             return f"torch.nn.functional.{name} was replaced"
-    return device_fault(device, dtype)
+    return None
 
 
 def device_fault(device: torch.device, dtype: torch.dtype) -> str | None:

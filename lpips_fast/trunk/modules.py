@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from . import legality, packing
 from .layers import make_layer
-from .legality import FastSlice, Fault
+from .legality import LEARNS, FastSlice, Fault
 from .slice_node import slice_tap
 from .table import IMAGE_CHANNELS, TRUNKS, trunk_spec
 
@@ -130,10 +130,14 @@ class Trunk(nn.Module):
                     held = [_checkpoint(functools.partial(slice_tap, by_hand), held.pop())]
                 else:
                     held = [slice_tap(by_hand, held)]
-            elif checkpoint and torch.is_grad_enabled():
-                held = [_checkpoint(block, held.pop())]
             else:
-                held = [block(held.pop())]
+                if isinstance(by_hand, Fault) and by_hand is not LEARNS:
+                    # As in lpips, for whoever looks into a slice that was changed.
+                    held = [held.pop().contiguous()]
+                if checkpoint and torch.is_grad_enabled():
+                    held = [_checkpoint(block, held.pop())]
+                else:
+                    held = [block(held.pop())]
             if layer in wanted:
                 yield held[0]
 
