@@ -36,8 +36,8 @@ docs: $(VENV)/.built
 cuda-compile: $(VENV)/.built
 	$(BIN)/python scripts/check_cuda_compile.py || [ $$? -eq 77 ]  # 77: there is no CUDA toolkit
 
-gpu-check: $(VENV)/.built
-	PYTHON=$(abspath $(BIN))/python bash scripts/gpu_check.sh
+gpu-check:  # with the torch that PYTHON has; it downloads nothing
+	$(PYTHON) scripts/gpu_check.py --whole
 
 parity: $(VENV)/.built
 	$(BIN)/python -m pip install --quiet --no-deps -r tests/reference-requirements.txt

@@ -12,9 +12,11 @@ Environment:
 
 from __future__ import annotations
 
+import ctypes
 import json
 import os
 import platform
+import re
 import shutil
 import subprocess
 import sys
@@ -38,12 +40,19 @@ except ImportError:
             "pip install setuptools wheel pybind11 ninja && pip install --no-build-isolation ."
         )
 
-import pybind11
 from torch.utils import cpp_extension
+
+try:
+    from pybind11 import get_include as pybind11_include
+except ImportError:
+
+    def pybind11_include() -> str:  # torch ships the headers with its own
+        return cpp_extension.include_paths()[0]
+
 
 ROOT = Path(__file__).parent
 MINIMUM_TORCH = (2, 10)
-DEFAULT_ARCH_LIST = "7.5;8.0;8.6;8.9;9.0;10.0;12.0+PTX"
+DEFAULT_ARCHITECTURES = ["7.5", "8.0", "8.6", "8.9", "9.0", "10.0", "12.0"]
 CUDA_SOURCES = sorted(str(path.relative_to(ROOT)) for path in (ROOT / "csrc/cuda").glob("*.cu"))
 
 # at::vec is chosen at compile time, so the CPU kernels are built once per capability that torch
@@ -112,11 +121,70 @@ def cuda_decision() -> tuple[Path | None, str]:
     return home, f"torch {torch.__version__} has CUDA {torch.version.cuda}, toolkit {home}"
 
 
+def nvcc_output(home: Path, option: str) -> str:
+    run = subprocess.run([home / "bin" / "nvcc", option], capture_output=True, text=True)
+    return run.stdout
+
+
+def nvcc_version(home: Path) -> str:
+    found = re.search(r"release (\d+\.\d+)", nvcc_output(home, "--version"))
+    if found is None:
+        sys.exit(f"{home}/bin/nvcc --version does not say which release it is")
+    return found[1]
+
+
+def driver_version() -> tuple[int, int] | None:
+    """The CUDA version that this machine's driver supports, or None where there is no driver."""
+    try:
+        library = ctypes.CDLL("libcuda.so.1")
+        version = ctypes.c_int()
+        if library.cuDriverGetVersion(ctypes.byref(version)) != 0:
+            return None
+    except (OSError, AttributeError):
+        return None
+    return version.value // 1000, version.value % 1000 // 10
+
+
+def version_faults(nvcc: str, torch_cuda: str | None, driver: tuple[int, int] | None) -> list[str]:
+    """What will not run of kernels that this nvcc builds, a sentence each."""
+    major, faults = int(nvcc.split(".")[0]), []
+    if torch_cuda is not None and int(torch_cuda.split(".")[0]) < major:
+        faults.append(
+            f"the CUDA kernels are built by nvcc {nvcc} and will run only where the driver "
+            f"supports CUDA {major}, while this torch (CUDA {torch_cuda}) runs with older ones: "
+            "there distances take torch's own operators; a toolkit of torch's version avoids that"
+        )
+    if driver is not None and driver[0] < major:
+        faults.append(
+            f"this machine's driver supports CUDA {driver[0]}.{driver[1]} and will not run the "
+            f"kernels that nvcc {nvcc} builds: update it, or build with an older toolkit"
+        )
+    return faults
+
+
+def architectures(home: Path) -> str:
+    """TORCH_CUDA_ARCH_LIST, or of the default what this nvcc can build for."""
+    listed = re.findall(r"compute_(\d+)", nvcc_output(home, "--list-gpu-arch"))
+    known = {f"{number[:-1]}.{number[-1]}" for number in listed}
+    wish = os.environ.get("TORCH_CUDA_ARCH_LIST")
+    if not wish:
+        found = [arch for arch in DEFAULT_ARCHITECTURES if arch in known or not known]
+        return ";".join(found) + "+PTX"
+    names = wish.replace(" ", ";").split(";")
+    unknown = [n for n in names if known and n.removesuffix("+PTX").rstrip("af") not in known]
+    if unknown:
+        sys.exit(
+            f"TORCH_CUDA_ARCH_LIST names {', '.join(unknown)}, for which nvcc {nvcc_version(home)} "
+            f"does not build; it knows {', '.join(sorted(known, key=float))}"
+        )
+    return wish
+
+
 def gencode_flags(arch_list: str) -> list[str]:
     flags = []
     for arch in arch_list.replace(" ", ";").split(";"):
         number = arch.removesuffix("+PTX").replace(".", "")
-        if not number.removesuffix("a").isdigit():
+        if not number.rstrip("af").isdigit():
             sys.exit(
                 f"TORCH_CUDA_ARCH_LIST: cannot read {arch!r}; expected numbers like 8.0;9.0+PTX"
             )
@@ -208,7 +276,7 @@ def cpu_extension(
     return cpp_extension.CppExtension(
         f"lpips_fast.kernels.{name}",
         sources,
-        include_dirs=[pybind11.get_include()],
+        include_dirs=[pybind11_include()],
         define_macros=list(define.items()),
         # Torch's headers as system headers: warnings are for our own code.
         extra_compile_args=CXX_FLAGS
@@ -228,8 +296,13 @@ def extensions() -> list[Extension]:
             f"lpips_fast needs torch 2.10 or later (for its stable ABI), found {torch.__version__}"
         )
     toolkit, reason = cuda_decision()
-    arch_list = os.environ.get("TORCH_CUDA_ARCH_LIST") or DEFAULT_ARCH_LIST
+    arch_list, nvcc = "none", "none"
+    if toolkit:
+        arch_list, nvcc = architectures(toolkit), nvcc_version(toolkit)
     print(f"lpips_fast: {'with' if toolkit else 'without'} CUDA kernels: {reason}", file=sys.stderr)
+    if toolkit:
+        for fault in version_faults(nvcc, torch.version.cuda, driver_version()):
+            print(f"lpips_fast: warning: {fault}", file=sys.stderr)
 
     capabilities = {"default": ""}
     if platform.machine().lower() in ("x86_64", "amd64"):
@@ -242,7 +315,8 @@ def extensions() -> list[Extension]:
         "compiler": compiler_version(),
         "cpu_capabilities": ", ".join(capabilities),
         "cuda": reason,
-        "cuda_arch_list": arch_list if toolkit else "none",
+        "cuda_arch_list": arch_list,
+        "nvcc": nvcc,
     }
     result = [
         cpu_extension(

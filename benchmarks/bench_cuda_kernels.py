@@ -3,7 +3,8 @@
 The distance layer by layer; the trunk's kernels on one size each.
 
 ``python benchmarks/bench_cuda_kernels.py`` takes some minutes on one GPU, ``--quick`` less than
-one. It writes ``benchmarks/results/<gpu>-kernels.md`` and ``.json``.
+one. It writes ``benchmarks/results/<gpu>-kernels.md`` and ``.json`` after every layer. With
+``--budget SECONDS`` it ends with exit code 75 when these are over, and goes on when run again.
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ import math
 import shlex
 import statistics
 import sys
+import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -274,17 +276,18 @@ def trunk_calls(dtype: torch.dtype) -> Iterator[tuple[str, int | None, Call, Cal
                 torch.ops.aten.max_pool2d_with_indices_backward, grad, x, *arguments, index
             ),
         )
-    conv = torch.nn.Conv2d(64, 64, 3, padding=1, device="cuda", dtype=dtype).requires_grad_(False)
-    conv = conv.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
-    cuda_convolution.WITHOUT_ENGINE.clear()
-    ours = Convolution(conv.weight, conv.bias, stride=1, padding=1, packed=None)
-    cuda_convolution.convolve(ours, x)
-    way = "no fused engine" if cuda_convolution.WITHOUT_ENGINE else "cuDNN's fused call"
+    weight = torch.randn(64, 64, 3, 3, device="cuda").div_(24)
+    weight = weight.to(dtype, memory_format=torch.channels_last)
+    conv = Convolution(weight, bias, stride=1, padding=1, packed=None)  # type: ignore[arg-type]
+    cuda_convolution.forget_choices()
+    cuda_convolution.convolve(conv, x)
+    (choice,) = cuda_convolution.CHOICES.values()
     yield (
-        f"convolution 3x3 with bias and ReLU, 8 × 64 × 256² ({way})",
+        f"convolution 3x3 with bias and ReLU, 8 × 64 × 256² "
+        f"({'fused' if choice.fused else 'two passes'}: {choice.reason})",
         None,
-        lambda: cuda_convolution.convolve(ours, x),
-        lambda: conv(x).relu_(),
+        lambda: cuda_convolution.convolve(conv, x),
+        lambda: F.conv2d(x, weight, bias, padding=1).relu_(),
     )
 
 
@@ -311,39 +314,60 @@ def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespac
         "--dtype",
         action="append",
         choices=["float32", "float16", "bfloat16"],
-        help="repeatable; default float32 and float16",
+        help="repeatable; default all three",
     )
+    parser.add_argument("--budget", type=float, metavar="SECONDS", help="then go on another time")
     parser.add_argument("--output", type=Path, default=HERE / "results", help="folder of results")
     options = parser.parse_args(arguments)
-    options.dtype = options.dtype or ["float32", "float16"]
+    options.dtype = options.dtype or ["float32", "float16", "bfloat16"]
     return options
 
 
-def main() -> None:
-    options = parse_arguments()
+def key_of(case: dict[str, Any]) -> tuple[Any, ...]:
+    """What tells one line of the results from another."""
+    return (*case["shape"], case["dtype"], case["direction"])
+
+
+def started_results(path: Path, device: torch.device, settings: list[str]) -> dict[str, Any]:
+    """Those of a run that was cut off on the same machine with the same settings, or none yet."""
+    facts = machine.facts(device)
+    if path.exists():
+        kept = json.loads(path.read_text())
+        if kept.get("facts") == facts and kept.get("settings") == settings:
+            return kept
+    command = shlex.join(["python", "benchmarks/bench_cuda_kernels.py", *settings])
+    return {"facts": facts, "settings": settings, "command": command, "cases": []}
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    start, options = time.monotonic(), parse_arguments(arguments)
     if not torch.cuda.is_available():
         sys.exit("bench_cuda_kernels.py needs a CUDA device, and there is none")
     device = torch.device("cuda")
-    bandwidth = copy_bandwidth()
-    print(f"{machine.name(device)}: copy {bandwidth / 1e9:,.0f} GB/s", file=sys.stderr)
-    results: dict[str, Any] = {
-        "facts": machine.facts(device),
-        "command": shlex.join(["python", "benchmarks/bench_cuda_kernels.py", *sys.argv[1:]]),
-        "copy_bandwidth": bandwidth,
-        "whole": measure_whole(options.repeats),
-        "trunk": [
-            line
-            for dtype in options.dtype
-            for line in measure_trunk(getattr(torch, dtype), bandwidth, options.repeats)
-        ],
-        "cases": [],
-    }
     options.output.mkdir(parents=True, exist_ok=True)
     stem = options.output / (
         machine.slug(device) + ("-kernels-quick" if options.quick else "-kernels")
     )
+    settings = [f"--dtype={dtype}" for dtype in options.dtype] + [f"--repeats={options.repeats}"]
+    settings += ["--quick"] * options.quick + ["--no-compile"] * options.no_compile
+    results = started_results(stem.with_suffix(".json"), device, settings)
+    if "trunk" not in results:
+        results["copy_bandwidth"] = copy_bandwidth()
+        results["whole"] = measure_whole(options.repeats)
+        results["trunk"] = [
+            line
+            for dtype in options.dtype
+            for line in measure_trunk(
+                getattr(torch, dtype), results["copy_bandwidth"], options.repeats
+            )
+        ]
+    bandwidth = results["copy_bandwidth"]
+    print(f"{machine.name(device)}: copy {bandwidth / 1e9:,.0f} GB/s", file=sys.stderr)
+    known = {key_of(case) for case in results["cases"]}
     for layer in all_layers(options.quick):
         for dtype, direction in itertools.product(options.dtype, kernel_report.DIRECTIONS):
+            if (*layer.shape, dtype, direction) in known:
+                continue
             case = measure(layer, direction, getattr(torch, dtype), bandwidth, options)
             results["cases"].append(case)
             print(
@@ -355,7 +379,17 @@ def main() -> None:
         # After every layer, so that a run that is cut off leaves what it has.
         stem.with_suffix(".json").write_text(json.dumps(results, indent=1) + "\n")
         stem.with_suffix(".md").write_text(kernel_report.markdown(results))
+        if options.budget is not None and time.monotonic() - start > options.budget:
+            left = sum(
+                (*other.shape, dtype, direction) not in {key_of(c) for c in results["cases"]}
+                for other in all_layers(options.quick)
+                for dtype, direction in itertools.product(options.dtype, kernel_report.DIRECTIONS)
+            )
+            if left:
+                print(f"{left} figures are left; run it again to go on", file=sys.stderr)
+                sys.exit(75)
     print(f"written: {stem}.md", file=sys.stderr)
+    sys.exit(0)
 
 
 if __name__ == "__main__":

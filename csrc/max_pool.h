@@ -1,12 +1,16 @@
 // What max-pooling accepts and returns, for its CPU and CUDA implementations.
 //
 //   max_pool2d(x, kernel, stride, ceil_mode) -> y
-//   max_pool2d_backward(grad, x, y, kernel, stride) -> the gradient to x
+//   max_pool2d_backward(grad, x, y, kernel, stride, keys) -> the gradient to x
 //
 // Channels-last images without an index tensor: torch's own writes 8 bytes of index per output. NaN
 // is larger than anything. The backward finds the maximum again by comparing the window with the
 // pooled value: among equal values the first of the window, row by row, gets the gradient, as in
 // torch, and so does the first NaN.
+//
+// Keys (N, groups, H, W), int64, say which positions are equal but for rounding in a group of
+// channels, by whatever way they were computed (csrc/cpu/receptive_fields_cpu.cpp): a window's
+// gradient then goes to the first position with the maximum's key. The CPU alone takes them.
 #pragma once
 
 #include "allocation.h"

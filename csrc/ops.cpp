@@ -18,11 +18,19 @@ STABLE_TORCH_LIBRARY(lpips_fast, m) {
       "float eps, bool need_weight) -> Tensor[]");
   m.def("bias_relu_(Tensor(a!) y, Tensor bias) -> ()");  // CUDA alone: oneDNN fuses it on the CPU
   m.def("max_pool2d(Tensor x, int kernel, int stride, bool ceil_mode) -> Tensor");
-  m.def("max_pool2d_backward(Tensor grad, Tensor x, Tensor y, int kernel, int stride) -> Tensor");
+  m.def(
+      "max_pool2d_backward(Tensor grad, Tensor x, Tensor y, int kernel, int stride, "
+      "Tensor? keys=None) -> Tensor");
+  m.def("receptive_fields(Tensor x, int[] layers) -> Tensor[]");  // CPU alone
   m.def(
       "scale_images(Tensor[] images, Tensor shift, Tensor scale, bool unit_range, ScalarType "
       "dtype) "
       "-> Tensor");
+  // CUDA alone: with every image's flag, 0 or, where it holds what is not finite, NaN. The fused
+  // convolutions there lose NaN.
+  m.def(
+      "scale_images_flagged(Tensor[] images, Tensor shift, Tensor scale, bool unit_range, "
+      "ScalarType dtype) -> (Tensor, Tensor)");
   m.def("depth_to_space(Tensor blocks, int stride, int padding, int height, int width) -> Tensor");
   m.def("direct_pack(Tensor weight) -> Tensor");
   m.def(

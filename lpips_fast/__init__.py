@@ -8,7 +8,8 @@ import of its own.
 from importlib import import_module
 from typing import TYPE_CHECKING
 
-from . import functional
+from . import functional, pretrained_networks
+from . import pretrained_networks as pn
 from .compat import (
     DSSIM,
     L2,
@@ -47,11 +48,14 @@ if TYPE_CHECKING:
         pairs,
         pairwise,
         plots,
+        trainer,
         training,
         trunk,
         weights,
     )
     from .choice import recommend_trunk
+    from .judgements import score_2afc_dataset, score_jnd_dataset
+    from .trainer import Trainer
 
 # Not needed to measure a distance, and so not loaded with the package.
 _LATE_MODULES = frozenset(
@@ -66,12 +70,18 @@ _LATE_MODULES = frozenset(
         "pairs",
         "pairwise",
         "plots",
+        "trainer",
         "training",
         "trunk",
         "weights",
     }
 )
-_LATE_NAMES = {"recommend_trunk": "choice"}
+_LATE_NAMES = {
+    "Trainer": "trainer",
+    "recommend_trunk": "choice",
+    "score_2afc_dataset": "judgements",
+    "score_jnd_dataset": "judgements",
+}
 
 
 def __getattr__(name: str) -> object:
@@ -97,6 +107,7 @@ __all__ = [
     "Features",
     "NetLinLayer",
     "ScalingLayer",
+    "Trainer",
     "__version__",
     "analysis",
     "choice",
@@ -116,16 +127,21 @@ __all__ = [
     "pairs",
     "pairwise",
     "plots",
+    "pn",
+    "pretrained_networks",
     "print_network",
     "psnr",
     "recommend_trunk",
     "rgb2lab",
+    "score_2afc_dataset",
+    "score_jnd_dataset",
     "spatial_average",
     "tensor2im",
     "tensor2np",
     "tensor2tensorlab",
     "tensor2vec",
     "tensorlab2tensor",
+    "trainer",
     "training",
     "trunk",
     "upsample",

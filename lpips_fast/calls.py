@@ -7,8 +7,8 @@ module that it is.
 from __future__ import annotations
 
 import functools
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 import torch
@@ -18,18 +18,20 @@ from . import kernels
 from .features import Features
 from .linear import NetLinLayer, drops
 from .scaling import ScalingLayer, scaled_batch
-from .trunk import Trunk, compiled, tap_channels
+from .trunk import TRUNKS, Trunk, compiled, tap_channels
+from .trunk.detached import call_detached
 from .trunk.legality import (
+    METHODS,
     FastSlice,
     Fault,
     Template,
     call_fault,
     calls_fault,
     device_fault,
-    functions_of,
     module_fault,
     own_fault,
 )
+from .trunk.table import IMAGECHANNELS
 
 if TYPE_CHECKING:
     from .lpips import LPIPS
@@ -44,12 +46,16 @@ class Call:
         by_hand: of each slice, what runs it, or why it is called as a module; ``None``: nothing
             may, whatever the modules are.
         scales: whether the scaling layer is as built, so that one kernel stands for it.
+        linear: whether the linear layers are weights a channel, which the kernels take.
+        weights: by layer, what stands for its linear weights in this call.
     """
 
     model: LPIPS
     unit_range: bool
     by_hand: list[FastSlice | Fault] | None
     scales: bool
+    linear: bool
+    weights: Mapping[int, Tensor] = field(default_factory=dict)
 
     @property
     def is_as_built(self) -> bool:
@@ -69,16 +75,18 @@ class Call:
         together = images[0] if len(images) == 1 else torch.cat(tuple(images))
         if self.unit_range:
             together = 2 * together - 1
-        scaled = together if model.version == "0.0" else model.scaling_layer(together)
+        scaled = together if model.version == "0.0" else run(model, model.scaling_layer, together)
         return scaled if model.dtype is None else scaled.to(model.dtype)
 
     def taps(self, images: Sequence[Tensor]) -> Iterator[Tensor]:
         """The compared taps of batches of images one behind the other, layer by layer."""
         model = self.model
         if trunk_fault(model.net) is not None:
-            outputs = model.net(self.scaled(images))
+            outputs = run(model, model.net, self.scaled(images))
             return iter([outputs[k] for k in model.layers])
-        return model.net.taps(self.scaled(images), model.checkpoint, model.layers, self.by_hand)
+        return model.net.taps(
+            self.scaled(images), model.checkpoint, model.layers, self.by_hand, model.frozen
+        )
 
     def encode(self, image: Tensor) -> Features:
         """The compared taps of a batch of images, together."""
@@ -88,7 +96,7 @@ class Call:
 
     def trunk_learns(self) -> bool:
         """Whether any weight of the trunk gets a gradient."""
-        if self.is_as_built:  # which learning weights are not
+        if self.is_as_built or self.model.frozen:  # as built: learning weights are not
             return False
         return any(p.requires_grad for p in self.model.net.parameters())
 
@@ -105,17 +113,22 @@ def prepare_call(model: LPIPS, images: Sequence[Tensor], unit_range: bool) -> Ca
     if kernels.is_compiling():
         return _compiled_call(model, unit_range, like.device, dtype)
     by_hand = None
-    if call_fault(images, like.device, dtype) is None and trunk_fault(model.net) is None:
-        by_hand = model.net.fast_slices(like.device, dtype)
+    fault = call_fault(images, like.device, dtype)
+    if fault is None and trunk_fault(model.net) is None:
+        by_hand = model.net.fast_slices(like.device, dtype, model.frozen)
     scales = by_hand is not None and scaling_fault(model.scaling_layer) is None
-    return Call(model, unit_range, by_hand, scales)
+    # Under transforms nothing is asked of the layers: they are called.
+    linear = kernels.has_operators() and (
+        _lins_fault(model) is None if fault is None else lins_fault(model) is None
+    )
+    return Call(model, unit_range, by_hand, scales, linear)
 
 
 def _compiled_call(
     model: LPIPS, unit_range: bool, device: torch.device, dtype: torch.dtype
 ) -> Call:
     """Under torch.compile all runs by hand, or nothing: the rest its own compiler fuses."""
-    net, scaling = model.net, model.scaling_layer
+    net, scaling, linear = model.net, model.scaling_layer, lins_are_linear(model)
     if (
         device_fault(device, dtype) is not None
         or type(net) is not Trunk
@@ -123,15 +136,15 @@ def _compiled_call(
         or type(scaling) is not ScalingLayer
         or compiled.is_watched(scaling)
     ):
-        return Call(model, unit_range, None, False)
+        return Call(model, unit_range, None, False, linear)
     expected = dtype if kernels.autocast_dtype(device) is None else like_of(model).dtype
     by_hand = [
-        compiled.fast_slice(block, model.net_name, number, device, expected, False)
+        compiled.fast_slice(block, model.net_name, number, device, expected, model.frozen)
         for number, block in enumerate(net.slices()[: model.layers[-1] + 1], start=1)
     ]
     if not all(isinstance(found, FastSlice) for found in by_hand):
-        return Call(model, unit_range, None, False)
-    return Call(model, unit_range, by_hand, True)
+        return Call(model, unit_range, None, False, linear)
+    return Call(model, unit_range, by_hand, True, linear)
 
 
 def fast_path(model: LPIPS) -> dict[str, str]:
@@ -140,7 +153,7 @@ def fast_path(model: LPIPS) -> dict[str, str]:
     dtype = model.dtype or like.dtype
     whole = call_fault([], like.device, dtype) or trunk_fault(model.net)
     faults: dict[str, object] = {"scaling_layer": whole or scaling_fault(model.scaling_layer)}
-    slices = model.net.fast_slices(like.device, dtype) if whole is None else []
+    slices = model.net.fast_slices(like.device, dtype, model.frozen) if whole is None else []
     for k in range(len(tap_channels(model.net_name))):
         found = slices[k] if slices else whole
         faults[f"slice{k + 1}"] = None if isinstance(found, FastSlice) else found
@@ -150,8 +163,13 @@ def fast_path(model: LPIPS) -> dict[str, str]:
 
 def like_of(model: LPIPS) -> Tensor:
     """A tensor on the model's device, of the dtype that images are scaled in."""
-    shift = getattr(model.scaling_layer, "shift", None)
+    shift = model.scaling_layer._buffers.get("shift")
     return shift if isinstance(shift, Tensor) else next(model.parameters())
+
+
+def run(model: LPIPS, module: nn.Module, x: Tensor) -> Tensor:
+    """A part of a model, called as the module that it is."""
+    return call_detached(module, x) if model.frozen else module(x)
 
 
 def size_of(image: Tensor) -> tuple[int, int]:
@@ -162,13 +180,16 @@ def size_of(image: Tensor) -> tuple[int, int]:
 # --------------------------------------------------------------------------- is it as built?
 
 
-_AS_IMPORTED = {kind: functions_of(kind) for kind in (Trunk, ScalingLayer, NetLinLayer)}
+_CLASSES = {
+    kind: kernels.AttributeCheck([(kind, name) for name in METHODS if hasattr(kind, name)])
+    for kind in (Trunk, ScalingLayer, NetLinLayer)
+}
 
 
-def _class_fault(kind: type) -> Fault | None:
-    if functions_of(kind) == _AS_IMPORTED[kind]:
+def _class_fault(kind: type[nn.Module]) -> Fault | None:
+    if _CLASSES[kind].unchanged():
         return None
-    return Fault("", f"has a class, {kind.__name__}, of which a method was replaced")
+    return Fault("", f"is a {kind.__name__}, of which a method was replaced")
 
 
 _TRUNK_ATTRIBUTES = frozenset(nn.Module().__dict__) | {"net_name", "N_slices", "_outputs"}
@@ -186,29 +207,48 @@ def _scaling_template() -> Template:
 
 def scaling_fault(layer: nn.Module) -> Fault | None:
     """Why the scaling layer is called as a module."""
-    found: list[Tensor] = []
-    fault = module_fault(layer, _scaling_template(), found) or _class_fault(ScalingLayer)
-    if fault is None and any(buffer.requires_grad for buffer in found):
-        return Fault("", "has buffers that learn")
-    return fault
+    fault = module_fault(layer, _scaling_template(), []) or _class_fault(ScalingLayer)
+    if fault is not None:
+        return fault
+    for name, buffer in layer._buffers.items():
+        if type(buffer) is not Tensor or buffer.shape != (1, IMAGECHANNELS, 1, 1):
+            return Fault("", f"has a {name} that is not one number a channel, as built")
+        if buffer.requires_grad:
+            return Fault("", f"has a {name} that learns")
+    return None
+
+
+# What the trunks have; ``model.chns`` is the user's to change, and nothing reads it in lpips.
+CHANNELS = {net: tap_channels(net) for net in TRUNKS}
 
 
 @functools.cache
-def _lin_template(channels: int, use_dropout: bool) -> Template:
+def _lin_template(channels: int, dropout: float | None) -> Template:
     with torch.device("meta"):
-        return Template(NetLinLayer(channels, use_dropout=use_dropout))
+        lin = NetLinLayer(channels, use_dropout=dropout is not None)
+    if dropout is not None:
+        lin.model[0].p = dropout  # type: ignore[assignment]
+    return Template(lin)
 
 
 def lin_fault(model: LPIPS, layer: int) -> Fault | None:
     """Why a linear layer is called as a module, instead of the kernels taking its weights."""
-    lin = model.lins[layer]
-    inner = lin.model if isinstance(lin, NetLinLayer) else ()
-    channels = tap_channels(model.net_name)[layer]
-    fault = module_fault(lin, _lin_template(channels, len(inner) > 1), [])
-    fault = fault or _class_fault(NetLinLayer)
-    if fault is None and drops(lin):  # type: ignore[arg-type]
+    lins = model.lins
+    # Not by index, which costs more than the comparison.
+    lin = lins._modules.get(str(layer)) if type(lins) is nn.ModuleList else lins[layer]
+    dropout = _dropout(lin) if type(lin) is NetLinLayer else None
+    rate = None if dropout is None else dropout.p
+    template = _lin_template(CHANNELS[model.net_name][layer], rate)
+    fault = module_fault(lin, template, []) or _class_fault(NetLinLayer)  # type: ignore[arg-type]
+    if fault is None and dropout is not None and dropout.training and rate:
         return Fault("", "drops channels in training mode")
     return fault
+
+
+def _dropout(lin: nn.Module) -> nn.Dropout | None:
+    inner = lin._modules.get("model")
+    first = None if inner is None else next(iter(inner._modules.values()), None)
+    return first if isinstance(first, nn.Dropout) else None
 
 
 def _is_linear(lin: nn.Module) -> bool:
@@ -220,10 +260,14 @@ def _is_linear(lin: nn.Module) -> bool:
 
 def lins_fault(model: LPIPS) -> Fault | str | None:
     """Why the linear layers are called as modules; the baseline has none."""
+    return _lins_fault(model) or (calls_fault() if model.lpips else None)
+
+
+def _lins_fault(model: LPIPS) -> Fault | None:
     if not model.lpips:
         return None
     faults = (lin_fault(model, k) for k in model.layers)
-    return calls_fault() or next((fault for fault in faults if fault is not None), None)
+    return next((fault for fault in faults if fault is not None), None)
 
 
 def lins_are_linear(model: LPIPS) -> bool:

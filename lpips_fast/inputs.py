@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import os
-import sys
 import warnings
 from collections.abc import Sequence
 
@@ -13,11 +11,19 @@ from torch.nn import Parameter
 
 from . import kernels
 from .features import Features
+from .notices import level_of_the_caller, may_read_values
 from .trunk.table import tap_shapes
 
 
 def as_rgb_batch(
-    name: str, image: Tensor, *, like: Tensor, any_dtype: bool, minimum_size: int, trunk: str
+    name: str,
+    image: Tensor,
+    *,
+    like: Tensor,
+    any_dtype: bool,
+    minimum_size: int,
+    trunk: str,
+    unit_range: bool,
 ) -> Tensor:
     """An image argument as (N, 3, H, W), or an error that says what is wrong with it.
 
@@ -29,6 +35,7 @@ def as_rgb_batch(
             too, and takes them to it.
         minimum_size: the smallest height and width that the trunk can take.
         trunk: its name, for messages.
+        unit_range: the image is in [0, 1], and will be taken to [-1, 1].
     """
     if not isinstance(image, Tensor):
         raise TypeError(
@@ -56,7 +63,10 @@ def as_rgb_batch(
             f"{trunk!r}: it needs at least {minimum_size}x{minimum_size}; resize or pad it"
         )
     is_narrower = torch.promote_types(image.dtype, like.dtype) == like.dtype
-    if any_dtype or is_narrower or kernels.autocast_dtype(like.device):
+    if is_narrower and unit_range and image.dtype != like.dtype:
+        # lpips takes it there in the image's own dtype, and what that rounds away is gone.
+        image = ((2 * image - 1).to(like.dtype) + 1) / 2
+    elif any_dtype or is_narrower or kernels.autocast_dtype(like.device):
         image = image.to(like.dtype)  # as torch does where the scaling layer subtracts
     elif image.dtype != like.dtype:
         raise TypeError(
@@ -171,7 +181,7 @@ def warn_of_features(
         bad = (~torch.isfinite(tap)).sum().item()
         if bad:
             text = f"{name} hold {bad} NaN or infinite values in layer {layer}"
-            warnings.warn(text, stacklevel=_level_of_the_caller())
+            warnings.warn(text, stacklevel=level_of_the_caller())
             return
 
 
@@ -198,7 +208,7 @@ def warn_of_values(name: str, image: Tensor, normalize: bool) -> None:
     """Warns of NaN, infinity, and values outside the range that ``normalize`` implies."""
     message = _suspicion(image, normalize)
     if message is not None:
-        warnings.warn(f"{name} {message}", stacklevel=_level_of_the_caller())
+        warnings.warn(f"{name} {message}", stacklevel=level_of_the_caller())
 
 
 class RangeNotice:
@@ -217,7 +227,8 @@ class RangeNotice:
 
     def look(self, pair: Sequence[Tensor | Features], normalize: bool) -> None:
         """The first time, and only in an eager call: on GPUs it costs a synchronisation."""
-        if self.has_looked or not kernels.is_eager() or _is_capturing():
+        # Compiled code is not to depend on what is noted here.
+        if torch.compiler.is_compiling() or self.has_looked or not may_read_values():
             return
         images = [x for x in pair if isinstance(x, Tensor) and type(x) in (Tensor, Parameter)]
         if len(images) < len(pair) or any(x.numel() == 0 or x.is_meta for x in images):
@@ -235,21 +246,8 @@ class RangeNotice:
             warnings.warn(
                 f"the images have values from {low:.4g} to {high:.4g}, {text} "
                 "(check_inputs=False: never look)",
-                stacklevel=_level_of_the_caller(),
+                stacklevel=level_of_the_caller(),
             )
-
-
-def _is_capturing() -> bool:
-    return torch.cuda.is_available() and torch.cuda.is_current_stream_capturing()
-
-
-def _level_of_the_caller() -> int:
-    """The stack level, seen from the calling function, of the first frame that is a user's."""
-    inside = (os.path.dirname(__file__), os.path.dirname(torch.__file__))
-    frame, level = sys._getframe(1), 1
-    while frame.f_back is not None and frame.f_code.co_filename.startswith(inside):
-        frame, level = frame.f_back, level + 1
-    return level
 
 
 def _suspicion(image: Tensor, normalize: bool) -> str | None:

@@ -6,6 +6,7 @@ import os
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import torch
 from torch import Tensor, nn
 
 from .weights import WeightsError, load_lin_weights, lpips_state_dict, read_state_dict
@@ -32,6 +33,13 @@ class NetLinLayer(nn.Module):
 def linear_weight(lin: NetLinLayer) -> Tensor:
     """(chn_out, chn_in, 1, 1)."""
     return lin.model[-1].weight  # type: ignore[return-value]
+
+
+@torch.no_grad()
+def project_linear_weights(model: nn.Module) -> None:
+    """Takes the linear weights of an LPIPS model to the nearest that a distance allows, w >= 0."""
+    for lin in model.lins:  # type: ignore[union-attr]
+        linear_weight(lin).clamp_(min=0)
 
 
 def drops(lin: NetLinLayer) -> bool:

@@ -10,12 +10,22 @@ from typing import TYPE_CHECKING, Any, Literal, get_args, overload
 import torch
 from torch import Tensor, nn
 
+from . import pretrained_networks as pn
 from .calls import fast_path, like_of, prepare_call
-from .composed import EPS as EPS  # named by the original's submodule, too
+from .compat import (
+    DSSIM,
+    L2,
+    BCERankingLoss,
+    Dist2LogitLayer,
+    FakeNet,
+    print_network,
+)
 from .features import Features
+from .frozen import freeze, hide_weights
 from .inputs import RangeNotice, as_rgb_batch, check_features, warn_of_values
 from .linear import NetLinLayer, linear_weight, load_linear_weights, rename_linear_weights
 from .normalization import Normalization, check_normalization, normalize_tensor
+from .notices import NegativeWeightsNotice
 from .routes import layer_distances
 from .scaling import ScalingLayer
 from .spatial import spatial_average, upsample
@@ -30,14 +40,22 @@ Net = Literal["alex", "vgg", "vgg16", "squeeze"]
 Version = Literal["0.0", "0.1"]
 Reduction = Literal["none", "mean", "sum"]
 
+# Beside what is made here, the names that scripts import from the original's submodule.
 __all__ = [
+    "DSSIM",
+    "L2",
     "LPIPS",
+    "BCERankingLoss",
+    "Dist2LogitLayer",
+    "FakeNet",
     "Net",
     "NetLinLayer",
     "Reduction",
     "ScalingLayer",
     "Version",
     "normalize_tensor",
+    "pn",
+    "print_network",
     "spatial_average",
     "upsample",
 ]
@@ -86,6 +104,11 @@ class LPIPS(nn.Module):
             these, in ascending order (:attr:`layers`, ``retPerLayer``, :class:`Features`), while
             the parameters, :attr:`lins`, :attr:`chns` and :attr:`L` stay those of the whole trunk,
             so that checkpoints load.
+        frozen: for a loss inside a module that is trained: whatever happens to that module, the
+            loss keeps its weights. No gradient reaches them, not even after
+            ``parent.requires_grad_(True)``; ``parent.train()`` turns on no dropout; and
+            ``parent.state_dict()`` neither holds nor misses them. By itself the model saves and
+            loads as any other. See :mod:`lpips_fast.frozen`.
 
     Attributes:
         layers: the layers that are compared, ascending.
@@ -120,12 +143,18 @@ class LPIPS(nn.Module):
         checkpoint: bool = False,
         normalization: Normalization = "l2",
         layers: Sequence[int] | None = None,
+        frozen: bool = False,
     ) -> None:
         super().__init__()
         _check_choice("version", version, get_args(Version))
         _check_choice("reduction", reduction, get_args(Reduction))
         if max_batch is not None and max_batch < 1:
             raise ValueError(f"max_batch must be at least 1, got {max_batch}")
+        if frozen and pnet_tune:
+            raise ValueError(
+                "frozen=True keeps all weights, but pnet_tune=True lets the trunk learn; "
+                "pass one of the two"
+            )
         check_normalization(normalization)
         trunk_name = "vgg" if net == "vgg16" else net
         # An unknown net is told before anything is printed or loaded.
@@ -151,10 +180,14 @@ class LPIPS(nn.Module):
         self.max_batch = max_batch
         self.checkpoint = checkpoint
         self.normalization = normalization
+        self.frozen = frozen
         self.net_name = trunk_name
         self.minimum_size = minimum_size(trunk_name, self.layers)
         self.scaling_layer = ScalingLayer()
         self._range_notice = RangeNotice()
+        self._negative_weights_notice = NegativeWeightsNotice()
+        if frozen:  # before others look at what is loaded
+            hide_weights(self)
 
         trunk_weights, lin_weights = (
             (None, None) if pnet_rand else load_trunk_and_linear_weights(trunk_name, weights)
@@ -170,8 +203,14 @@ class LPIPS(nn.Module):
                 load_linear_weights(self, model_path, lin_weights, verbose)
         if dtype is not None:
             self.net.to(dtype)
-        if eval_mode:
+        if frozen:
+            freeze(self)
+        elif eval_mode:
             self.eval()
+
+    def train(self, mode: bool = True) -> LPIPS:
+        """As of any module; a frozen model stays in evaluation mode."""
+        return super().train(mode and not self.frozen)
 
     # ------------------------------------------------------------------------ what it is now
 
@@ -184,7 +223,8 @@ class LPIPS(nn.Module):
         """The linear weights (C,) of a layer, one a channel; ones in the baseline."""
         if not self.lpips:
             return like_of(self).new_ones(self.chns[layer])
-        return linear_weight(self.lins[layer]).flatten()  # type: ignore[arg-type]
+        weight = linear_weight(self.lins[layer]).view(-1)  # type: ignore[arg-type]
+        return weight.detach() if self.frozen else weight
 
     def fast_path(self) -> dict[str, str]:
         """Of every part, whether it runs fast as things are, or the first reason why not.
@@ -221,6 +261,7 @@ class LPIPS(nn.Module):
             any_dtype=self.dtype is not None,
             minimum_size=self.minimum_size,
             trunk=self.pnet_type,
+            unit_range=normalize,
         )
         if self.check_inputs:
             warn_of_values(name, image, normalize)
@@ -233,7 +274,7 @@ class LPIPS(nn.Module):
             features,
             net=self.net_name,
             layers=self.layers,
-            channels=self.chns,
+            channels=tap_channels(self.net_name),
             device=like_of(self).device,
             look=bool(self.check_inputs),
         )
@@ -323,6 +364,8 @@ class LPIPS(nn.Module):
         ]
         if self.check_inputs is None:
             self._range_notice.look(pair, normalize)
+        if self.lpips and not self.frozen and torch.is_grad_enabled():
+            self._negative_weights_notice.look(self.lins)
         layers = layer_distances(self, pair[0], pair[1], normalize)
         value = self._reduce(functools.reduce(torch.add, layers))
         return (value, [self._reduce(layer) for layer in layers]) if retPerLayer else value

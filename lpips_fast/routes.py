@@ -8,23 +8,24 @@ one after the other, as in ``lpips``.
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
-from . import composed, functional, kernels
-from .calls import Call, lins_are_linear, prepare_call, size_of
+from . import composed, functional, gradient_scaling, kernels
+from .calls import CHANNELS, Call, prepare_call, run, size_of
 from .composed import accumulator_dtype
 from .features import Features
 from .inputs import check_same_size, common_batch
-from .linear import linear_weight
 from .slice_distance import slice_distance
 from .spatial import spatial_average, upsample
-from .trunk import tap_channels
+from .trunk import tap_shapes
 from .trunk.legality import FastSlice
-from .trunk.slice_node import slice_tap
+from .trunk.receptive_fields import receptive_fields
+from .trunk.slice_node import as_images, slice_tap
 
 if TYPE_CHECKING:
     from .lpips import LPIPS
@@ -49,6 +50,8 @@ def layer_distances(
     call = prepare_call(model, [x for x in (in0, in1) if isinstance(x, Tensor)], normalize)
     if not kernels.has_operators():
         return _layers(call, in0, in1)
+    if _scales_gradients(call, in0, in1):
+        return _with_scaled_gradients(call, in0, in1)
     batch = common_batch(len(in0), len(in1))
     limit = model.max_batch or batch
     if batch <= limit or torch.is_grad_enabled():
@@ -67,8 +70,46 @@ def layer_distances(
     return [torch.cat(layer) for layer in zip(*parts)]
 
 
+def _scales_gradients(call: Call, *arguments: Tensor | Features) -> bool:
+    """Whether gradients are scaled inside (:mod:`lpips_fast.gradient_scaling`).
+
+    A trunk in float16, as built, whose features nobody else has a graph of.
+    """
+    if not torch.is_grad_enabled() or not call.is_as_built or not call.linear:
+        return False
+    by_hand = call.by_hand[0]  # type: ignore[index]
+    assert isinstance(by_hand, FastSlice)
+    weight = by_hand.parameters[0]
+    if (kernels.autocast_dtype(weight.device) or weight.dtype) != torch.float16:
+        return False
+    if any(isinstance(x, Features) and _needs_graph(call, x) for x in arguments):
+        return False
+    return any(x.requires_grad for x in arguments if isinstance(x, Tensor))
+
+
+def _with_scaled_gradients(
+    call: Call, in0: Tensor | Features, in1: Tensor | Features
+) -> list[Tensor]:
+    model = call.model
+    pair: list[Tensor | Features] = [in0, in1]
+    learning = {k: model.layer_weight(k) for k in model.layers} if model.lpips else {}
+    learning = {k: weight for k, weight in learning.items() if weight.requires_grad}
+    images = {k: x for k, x in enumerate(pair) if isinstance(x, Tensor) and x.requires_grad}
+    entered, token = gradient_scaling.enter([*images.values(), *learning.values()])
+    for k, image in zip(images, entered):
+        pair[k] = image
+    call = dataclasses.replace(call, weights=dict(zip(learning, entered[len(images) :])))
+    layers = _layers(call, pair[0], pair[1])
+    height, width = size_of(entered[0])
+    shapes = tap_shapes(model.net_name, (height, width))
+    whole = height * width if model.spatial else 1
+    positions = [shapes[k][1] * shapes[k][2] / whole for k in model.layers]
+    return gradient_scaling.leave(layers, token, positions)
+
+
 def _layers(call: Call, in0: Tensor | Features, in1: Tensor | Features) -> list[Tensor]:
     """The way that is taken, and why."""
+    in0, in1 = (_without_inference(x) for x in (in0, in1))
     graphs = [_needs_graph(call, x) for x in (in0, in1)]
     if isinstance(in0, Tensor) and isinstance(in1, Tensor):
         check_same_size(size_of(in0), size_of(in1))
@@ -90,21 +131,21 @@ def _encoded(call: Call, in0: Tensor | Features, in1: Tensor | Features) -> list
     """Each image on its own, all its taps together."""
     pair = [call.encode(x) if isinstance(x, Tensor) else x for x in (in0, in1)]
     check_same_size(pair[0].image_size, pair[1].image_size)
-    return compare(call.model, pair[0].taps, pair[1].taps, pair[0].image_size)
+    return compare(call, pair[0].taps, pair[1].taps, pair[0].image_size)
 
 
 def _one_batch(call: Call, in0: Tensor, in1: Tensor) -> list[Tensor]:
     """Both images in one batch, all taps together: the fewest calls."""
     split = [len(in0), len(in1)]
     pairs = [tap.split(split) for tap in call.taps((in0, in1))]
-    return compare(call.model, [a for a, _ in pairs], [b for _, b in pairs], size_of(in0))
+    return compare(call, [a for a, _ in pairs], [b for _, b in pairs], size_of(in0))
 
 
 def _streamed(call: Call, in0: Tensor, in1: Tensor) -> list[Tensor]:
     """A tap is compared as soon as it exists, and its memory goes back: the least memory."""
     layers: list[Tensor] = []
     for a, b in _streamed_taps(call, in0, in1):
-        layers += compare(call.model, [a], [b], size_of(in0), first=len(layers))
+        layers += compare(call, [a], [b], size_of(in0), first=len(layers))
         del a, b
     return layers
 
@@ -126,7 +167,7 @@ def _streamed_taps(call: Call, in0: Tensor, in1: Tensor) -> Iterator[tuple[Tenso
 def _to_target(call: Call, image: Tensor | Features, target: Tensor | Features) -> list[Tensor]:
     """An image that wants a gradient, to a target that wants none: one node a slice."""
     model = call.model
-    fused = model.normalization == "l2" and not model.checkpoint and lins_are_linear(model)
+    fused = model.normalization == "l2" and not model.checkpoint and call.linear
     if not isinstance(image, Tensor) or not call.is_as_built or not fused:
         return _encoded(call, image, _without_graph(call, target))
     assert call.by_hand is not None
@@ -167,14 +208,15 @@ def _slice_by_slice(
     model = call.model
     assert call.by_hand is not None
     layers = []
-    channels = [tap_channels(model.net_name)[k] for k in model.layers]
-    weights = iter(channel_weights(model, x, model.layers, channels))
-    for by_hand, target in zip(call.by_hand, targets):
+    channels = [CHANNELS[model.net_name][k] for k in model.layers]
+    weights = iter(channel_weights(call, x, model.layers, channels))
+    keys = receptive_fields(call.by_hand[: len(targets)], as_images(x))
+    for by_hand, target, of_slice in zip(call.by_hand, targets, keys):
         assert isinstance(by_hand, FastSlice)
         if target is None:
-            x = slice_tap(by_hand, x)
+            x = slice_tap(by_hand, x, of_slice)
             continue
-        x, value = slice_distance(by_hand, x, target, next(weights), model.spatial)
+        x, value = slice_distance(by_hand, x, target, next(weights), model.spatial, of_slice)
         layers.append(upsample(value, size) if model.spatial else value.view(-1, 1, 1, 1))
     return layers
 
@@ -183,7 +225,7 @@ def _slice_by_slice(
 
 
 def compare(
-    model: LPIPS,
+    call: Call,
     taps0: Sequence[Tensor],
     taps1: Sequence[Tensor],
     size: tuple[int, int],
@@ -192,22 +234,23 @@ def compare(
     """One tensor a layer: (N, 1, 1, 1), or (N, 1, H, W) for ``spatial``.
 
     Args:
-        taps0, taps1: of ``model.layers[first]`` and of the layers that follow there; one image
-            stands for all of the other.
+        taps0, taps1: of the model's ``layers[first]`` and of the layers that follow there; one
+            image stands for all of the other.
         size: of the images.
     """
+    model = call.model
     layers = model.layers[first : first + len(taps0)]
     eps = composed.EPS
     # Outside our operators shapes may be symbols and tensors wrapped: nothing is asked of them.
-    if model.lpips and not (kernels.has_operators() and lins_are_linear(model)):
+    if model.lpips and not call.linear:
         maps = []
         for k, tap0, tap1 in zip(layers, taps0, taps1):
             normal0, normal1 = (
                 functional.normalize_features(tap, model.normalization) for tap in (tap0, tap1)
             )
-            maps.append(model.lins[k]((normal0 - normal1) ** 2))
+            maps.append(run(model, model.lins[k], (normal0 - normal1) ** 2))
         return [upsample(m, size) if model.spatial else spatial_average(m) for m in maps]
-    weights = channel_weights(model, taps0[0], layers, [tap.shape[1] for tap in taps0])
+    weights = channel_weights(call, taps0[0], layers, [tap.shape[1] for tap in taps0])
     if not kernels.has_operators():
         maps = [
             composed.distance_map(a, b, w, eps, model.normalization)
@@ -216,26 +259,37 @@ def compare(
         return [upsample(m, size) if model.spatial else spatial_average(m) for m in maps]
     pairs = [_broadcast(a, b) for a, b in zip(taps0, taps1)]
     taps0, taps1 = [a for a, _ in pairs], [b for _, b in pairs]
-    options = {"normalization": model.normalization}
+    normalization = model.normalization
     if model.spatial:
-        maps = functional.distance_map(taps0, taps1, weights, **options)
+        maps = functional.distance_map(taps0, taps1, weights, normalization=normalization)
         return [upsample(m, size) for m in maps]
-    distances = functional.distance(taps0, taps1, weights, **options)
+    distances = functional.distance(taps0, taps1, weights, normalization=normalization)
     return [d.view(-1, 1, 1, 1) for d in distances.unbind(dim=1)]
 
 
 def channel_weights(
-    model: LPIPS, like: Tensor, layers: Sequence[int], channels: Sequence[int]
+    call: Call, like: Tensor, layers: Sequence[int], channels: Sequence[int]
 ) -> list[Tensor]:
     """(C_l,) of some layers, as the operators take them beside features ``like``.
 
     Args:
         channels: of the taps, which a slice that somebody replaced may have changed.
     """
+    model = call.model
     dtype = accumulator_dtype(like.dtype)
     if not model.lpips:
         return [like.new_ones(count, dtype=dtype) for count in channels]
-    return [linear_weight(model.lins[k]).view(-1).to(dtype) for k in layers]  # type: ignore[arg-type]
+    weights = [call.weights.get(k, model.layer_weight(k)) for k in layers]
+    return [weight.view(-1).to(dtype) for weight in weights]
+
+
+def _without_inference(x: Tensor | Features) -> Tensor | Features:
+    """Features that were encoded under inference_mode, as autograd can save them: a copy."""
+    if isinstance(x, Tensor) or not torch.is_grad_enabled():
+        return x
+    if not any(tap.is_inference() for tap in x.taps):
+        return x
+    return dataclasses.replace(x, taps=tuple(tap.clone() for tap in x.taps))
 
 
 def _needs_graph(call: Call, image: Tensor | Features) -> bool:

@@ -7,6 +7,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
+from . import kernels
+
 
 class ScalingLayer(nn.Module):
     """Takes images from [-1, 1] to the mean and deviation of ImageNet that the trunks expect."""
@@ -45,4 +47,5 @@ def scaled_batch(
     shift, scale = layer.shift, layer.scale
     if version == "0.0":
         shift, scale = torch.zeros_like(shift), torch.ones_like(scale)
-    return torch.ops.lpips_fast.scale_images(list(images), shift, scale, unit_range, dtype)
+    with kernels.below_autograd(*images):
+        return torch.ops.lpips_fast.scale_images(list(images), shift, scale, unit_range, dtype)

@@ -24,7 +24,12 @@ from .trunk.slices import input_gradient, plain, record, slice_layers
 
 
 def slice_distance(
-    fast: FastSlice, x: Tensor, target: Tensor | list[Tensor], weight: Tensor, spatial: bool
+    fast: FastSlice,
+    x: Tensor,
+    target: Tensor | list[Tensor],
+    weight: Tensor,
+    spatial: bool,
+    keys: Sequence[Tensor] = (),
 ) -> tuple[Tensor, Tensor]:
     """The tap of a slice for images ``x``, and its distance to another tap.
 
@@ -36,18 +41,22 @@ def slice_distance(
             half as many are faster; what the slice makes of the target is kept for backward too.
         weight: (C_l,) in the accumulator's dtype; may learn.
         spatial: return a map (N, 1, H_l, W_l) instead of its mean (N, 1).
+        keys: of ``x``, before each pooling (:mod:`lpips_fast.trunk.receptive_fields`).
     """
-    if kernels.is_compiling():
-        return _compiled(fast, as_images(x), target, weight, spatial)
     x = as_images(x)
-    return _SliceDistance.apply(x, weight, target, spatial, fast.net, fast.number, *fast.parameters)
+    if kernels.is_compiling():
+        return _compiled(fast, x, target, weight, spatial, keys)
+    return _SliceDistance.apply(
+        x, weight, target, spatial, fast.net, fast.number, keys, *fast.parameters
+    )
 
 
 def _distance(tap: Tensor, target: Tensor, weight: Tensor, spatial: bool) -> Tensor:
     operators = torch.ops.lpips_fast
-    if spatial:
-        return operators.distance_map([tap], [target], [weight], EPS)[0]
-    return operators.distance([tap], [target], [weight], EPS)
+    with kernels.below_autograd(tap, target, weight):
+        if spatial:
+            return operators.distance_map([tap], [target], [weight], EPS)[0]
+        return operators.distance([tap], [target], [weight], EPS)
 
 
 class _SliceDistance(torch.autograd.Function):
@@ -60,6 +69,7 @@ class _SliceDistance(torch.autograd.Function):
         spatial: bool,
         net: str,
         number: int,
+        keys: Sequence[Tensor],
         *parameters: Tensor,
     ) -> tuple[Tensor, Tensor]:
         layers = slice_layers(net, number)
@@ -71,7 +81,7 @@ class _SliceDistance(torch.autograd.Function):
             made = record(layers, parameters, x, keeps_nan(number))
         ctx.set_materialize_grads(False)
         ctx.save_for_backward(x, weight, target, *made, *parameters)
-        ctx.layers, ctx.spatial, ctx.made = layers, spatial, len(made)
+        ctx.layers, ctx.spatial, ctx.made, ctx.keys = layers, spatial, len(made), keys
         return made[-1], _distance(made[-1], target, weight, spatial)
 
     @staticmethod
@@ -81,14 +91,15 @@ class _SliceDistance(torch.autograd.Function):
         x, weight, target, *rest = ctx.saved_tensors
         made, parameters = rest[: ctx.made], rest[ctx.made :]
         needs_x, needs_weight = ctx.needs_input_grad[:2]
-        none = (None,) * (4 + len(parameters))
+        none = (None,) * (5 + len(parameters))
         if torch.is_grad_enabled() or is_transformed(grad_tap, grad_distance):
             both = _plain_gradients(ctx, x, weight, target, parameters, grad_tap, grad_distance)
             return (*both, *none)
         if grad_distance is not None:
-            grads = torch.ops.lpips_fast.tap_backward(
-                grad_distance, grad_tap, made[-1], target, weight, EPS, needs_weight
-            )
+            with kernels.below_autograd():
+                grads = torch.ops.lpips_fast.tap_backward(
+                    grad_distance, grad_tap, made[-1], target, weight, EPS, needs_weight
+                )
         elif grad_tap is not None:
             grads = [torch.ops.aten.threshold_backward(grad_tap, made[-1], 0)]
         else:
@@ -98,7 +109,7 @@ class _SliceDistance(torch.autograd.Function):
             return (None, grad_weight, *none)
         # Popped, so that the slice can let go of it.
         return (
-            input_gradient(ctx.layers, parameters, grads.pop(), x, made),
+            input_gradient(ctx.layers, parameters, grads.pop(), x, made, ctx.keys),
             grad_weight,
             *none,
         )
@@ -146,13 +157,13 @@ def _plain_gradients(
 
 _LIBRARY = torch.library.Library("lpips_fast", "FRAGMENT")
 _LIBRARY.define(
-    "slice_distance(Tensor x, Tensor target, Tensor weight, Tensor[] parameters, str net, "
-    "int number, bool spatial) -> Tensor[]"
+    "slice_distance(Tensor x, Tensor target, Tensor weight, Tensor[] keys, Tensor[] parameters, "
+    "str net, int number, bool spatial) -> Tensor[]"
 )
 _LIBRARY.define(
     "slice_distance_backward(Tensor? grad_tap, Tensor grad_distance, Tensor x, Tensor target, "
-    "Tensor weight, Tensor[] made, Tensor[] parameters, str net, int number, bool need_x, "
-    "bool need_weight) -> Tensor[]"
+    "Tensor weight, Tensor[] made, Tensor[] keys, Tensor[] parameters, str net, int number, "
+    "bool need_x, bool need_weight) -> Tensor[]"
 )
 
 
@@ -162,9 +173,10 @@ def _compiled(
     target: Tensor | list[Tensor],
     weight: Tensor,
     spatial: bool,
+    keys: Sequence[Tensor],
 ) -> tuple[Tensor, Tensor]:
     value, *made = torch.ops.lpips_fast.slice_distance(
-        x, target, weight, list(fast.parameters), fast.net, fast.number, spatial
+        x, target, weight, list(keys), list(fast.parameters), fast.net, fast.number, spatial
     )
     return made[-1], value
 
@@ -173,6 +185,7 @@ def _slice_distance(
     x: Tensor,
     target: Tensor,
     weight: Tensor,
+    keys: Sequence[Tensor],
     parameters: Sequence[Tensor],
     net: str,
     number: int,
@@ -190,6 +203,7 @@ def _slice_distance_backward(
     target: Tensor,
     weight: Tensor,
     made: Sequence[Tensor],
+    keys: Sequence[Tensor],
     parameters: Sequence[Tensor],
     net: str,
     number: int,
@@ -202,7 +216,7 @@ def _slice_distance_backward(
     if not need_x:
         return grads[1:]
     layers = slice_layers(net, number)
-    return [input_gradient(layers, parameters, grads[0], as_images(x), made), *grads[1:]]
+    return [input_gradient(layers, parameters, grads[0], as_images(x), made, keys), *grads[1:]]
 
 
 for _device in ("CPU", "CUDA"):
@@ -215,6 +229,7 @@ def _(
     x: Tensor,
     target: Tensor,
     weight: Tensor,
+    keys: Sequence[Tensor],
     parameters: Sequence[Tensor],
     net: str,
     number: int,
@@ -234,6 +249,7 @@ def _(
     target: Tensor,
     weight: Tensor,
     made: Sequence[Tensor],
+    keys: Sequence[Tensor],
     parameters: Sequence[Tensor],
     net: str,
     number: int,
@@ -245,15 +261,16 @@ def _(
 
 
 def _save(ctx: Any, inputs: tuple[Any, ...], output: list[Tensor]) -> None:
-    x, target, weight, parameters, ctx.net, ctx.number, _ = inputs
+    x, target, weight, keys, parameters, ctx.net, ctx.number, _ = inputs
     ctx.set_materialize_grads(False)
-    ctx.made = len(output) - 1
-    ctx.save_for_backward(x, target, weight, *output, *parameters)
+    ctx.made, ctx.keys = len(output) - 1, len(keys)
+    ctx.save_for_backward(x, target, weight, *output, *keys, *parameters)
 
 
 def _backward(ctx: Any, grads: list[Tensor | None]) -> tuple[Any, ...]:
     x, target, weight, value, *rest = ctx.saved_tensors
-    made, parameters = rest[: ctx.made], rest[ctx.made :]
+    made, rest = rest[: ctx.made], rest[ctx.made :]
+    keys, parameters = rest[: ctx.keys], rest[ctx.keys :]
     need_x, need_target, need_weight = ctx.needs_input_grad[:3]
     if need_target:
         raise RuntimeError("slice_distance has no derivative in its target: detach it")
@@ -266,6 +283,7 @@ def _backward(ctx: Any, grads: list[Tensor | None]) -> tuple[Any, ...]:
             target,
             weight,
             made,
+            keys,
             parameters,
             ctx.net,
             ctx.number,
@@ -275,7 +293,8 @@ def _backward(ctx: Any, grads: list[Tensor | None]) -> tuple[Any, ...]:
     )
     grad_x = next(found) if need_x else None
     grad_weight = next(found) if need_weight else None
-    return grad_x, None, grad_weight, [None] * len(parameters), None, None, None
+    none = ([None] * len(keys), [None] * len(parameters), None, None, None)
+    return (grad_x, None, grad_weight, *none)
 
 
 torch.library.register_autograd("lpips_fast::slice_distance", _backward, setup_context=_save)

@@ -28,13 +28,13 @@ SKIPPED = 77
 # The kernels of the trunks' own layers: registers a thread above which a block fewer fits.
 REGISTER_LIMITS = {
     r"channels_last_distance<\w+, true>": 64,
-    r"channels_last_backward<(float|__half|__nv_bfloat16), true, false>": 80,
+    r"channels_last_backward<(float|__half|__nv_bfloat16), true, false, (true|false)>": 80,
     r"channels_first_distance<(float|__half|__nv_bfloat16), true>": 64,
     r"channels_first_backward<\w+, \w+, \w+>": 128,
 }
 OPERATORS = [
-    *("distance", "distance_backward", "distance_map", "distance_map_backward"),
-    *("bias_relu_", "scale_images", "max_pool2d", "max_pool2d_backward"),
+    *("distance", "distance_backward", "distance_map", "distance_map_backward", "tap_backward"),
+    *("bias_relu_", "scale_images", "scale_images_flagged", "max_pool2d", "max_pool2d_backward"),
 ]
 
 

@@ -2,18 +2,24 @@
 
 from __future__ import annotations
 
+import atexit
 import ctypes
+import functools
 import importlib.util
 import random
+import re
 import shutil
 import subprocess
 import sys
+import tempfile
 from collections.abc import Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
 import torch
 from torch import Tensor
+from torch.utils import cpp_extension
 
 REPOSITORY = Path(__file__).resolve().parents[1]
 CHANNELS_LAST, CHANNELS_FIRST = torch.channels_last, torch.contiguous_format
@@ -42,27 +48,73 @@ def cuda_headers() -> Path | None:
     return home / "include" if home is not None else None
 
 
-def build_library(source: str, folder: Path) -> Path:
-    """Compiles a file of tests/emulation, with the kernels that it includes; else skips."""
-    compiler, headers = shutil.which("g++"), cuda_headers()
-    if compiler is None:
+FLAGS = [
+    *("-O2", "-std=c++20", "-fPIC", "-Wall", "-Wextra", "-Werror", "-Wno-unknown-pragmas"),
+    # Fibers switch by longjmp, which may not be fortified. No fused multiply-add: unit_vectors.cuh.
+    *("-Wno-clobbered", "-U_FORTIFY_SOURCE", "-ffp-contract=off"),
+    "-Wno-attributes",  # torch's stable ABI is hidden, and what holds a tensor of it is not
+    "-fno-gnu-unique",  # shared memory is a library's own, also where another has the same kernel
+]
+# The compiler reports every load and store; race_detector.cpp listens, not the sanitizer's library.
+INSTRUMENTED = ["-fsanitize=thread", "--param", "tsan-instrument-func-entry-exit=0"]
+# Kernels, torch's side of their operators, and the kernels with planted faults; the largest first.
+LIBRARIES = ["run_distance", "run_trunk", "run_planted_faults"]
+RUNTIME = ["fibers", "race_detector"]
+
+
+@functools.cache
+def emulation_library(name: str) -> Path:
+    """One of LIBRARIES, out of tests/emulation; skips where there is no compiler or toolkit."""
+    if shutil.which("g++") is None:
         pytest.skip("the CUDA emulation needs g++, and there is none")
+    headers = cuda_headers()
     if headers is None or not (headers / "cuda_fp16.h").exists():
         pytest.skip("the CUDA emulation needs the toolkit's cuda_fp16.h, and no toolkit is here")
-    target = (folder / source).with_suffix(".so")
-    # No fortified longjmp: fibers switch by it. No fused multiply-add: see unit_vectors.cuh.
-    flags = "-O2 -std=c++20 -Wall -Wextra -Werror -Wno-unknown-pragmas -Wno-clobbered -fPIC -shared"
-    command = [compiler, *flags.split(), "-U_FORTIFY_SOURCE", "-ffp-contract=off"]
-    command += [
-        "-isystem",
-        str(headers),
-        str(REPOSITORY / "tests" / "emulation" / source),
-        "-o",
-        str(target),
-    ]
-    build = subprocess.run(command, capture_output=True, text=True)
-    assert build.returncode == 0, build.stderr
-    return target
+    folder, objects = _start_compiling(headers)
+    library = folder / f"{name}.so"
+    torchs = [f"-L{path}" for path in cpp_extension.library_paths()]
+    torchs += ["-Wl,--no-as-needed", "-ltorch", "-ltorch_cpu", "-lc10"]
+    # -Bsymbolic: what the library defines is what its own calls reach.
+    link = ["-shared", "-Wl,-Bsymbolic", "-Wl,-z,defs"]
+    _run(["g++", *link, *[objects[o].result() for o in (name, *RUNTIME)], *torchs, "-o", library])
+    return library
+
+
+@functools.cache
+def _start_compiling(headers: Path) -> tuple[Path, dict[str, Future[Path]]]:
+    """Compiles everything in tests/emulation, two at a time, while tests go on."""
+    folder = Path(tempfile.mkdtemp(prefix="lpips-fast-emulation-"))
+    atexit.register(shutil.rmtree, folder, ignore_errors=True)
+    includes = [str(headers), *cpp_extension.include_paths()]
+    flags = [*FLAGS, "-DUSE_CUDA", *(f"-isystem{path}" for path in includes)]
+
+    def compile_object(name: str) -> Path:
+        source, target = REPOSITORY / "tests/emulation" / f"{name}.cpp", folder / f"{name}.o"
+        instrumented = [] if name in RUNTIME else INSTRUMENTED
+        cache = ["ccache"] if shutil.which("ccache") else []
+        _run([*cache, "g++", *flags, *instrumented, "-c", source, "-o", target])
+        return target
+
+    pool = ThreadPoolExecutor(2)
+    return folder, {name: pool.submit(compile_object, name) for name in (*LIBRARIES, *RUNTIME)}
+
+
+def _run(command: list[str | Path]) -> None:
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+
+
+def kernel_names(library: Path) -> dict[int, str]:
+    """Every instantiation of a kernel in a library, by its place in it: ``bias_relu<float, 4>``."""
+    listing = subprocess.run(["nm", "-C", str(library)], capture_output=True, text=True, check=True)
+    names = {}
+    for line in listing.stdout.splitlines():
+        address, _, symbol = line.partition(" ")
+        # Functions of internal linkage whose only parameter is a task: so are kernels declared.
+        found = re.fullmatch(r"t void (?:\w+::)*(\w+(?:<.*>)?)\(\w[\w:]*Tasks?\)", symbol)
+        if found:
+            names[int(address, 16)] = re.sub(r"\(bool\)([01])", r"\1", found[1])
+    return names
 
 
 class EmulatedLibrary:
@@ -71,11 +123,31 @@ class EmulatedLibrary:
     def __init__(self, library: Path) -> None:
         self.library = ctypes.CDLL(str(library))
         self.library.last_error.restype = ctypes.c_char_p
+        self.library.race_report.restype = ctypes.c_char_p
+        self.library.race_report_kernel.restype = ctypes.c_int64
         self.library.guarded_allocate.restype = ctypes.c_void_p
         self.library.guarded_allocate.argtypes = [ctypes.c_int64, ctypes.c_int]
         self.library.guarded_free.argtypes = [ctypes.c_void_p, ctypes.c_int64, ctypes.c_int]
+        self.kernels = kernel_names(library)
         self.thread_order = 0
         self.guarded: list[tuple[int, int, int]] = []
+
+    def races(self) -> list[str]:
+        """What the race detector has seen since it was asked last."""
+        reports = [
+            f"{self.kernels[self.library.race_report_kernel(i)]}: "
+            + self.library.race_report(i).decode()
+            for i in range(self.library.race_reports())
+        ]
+        self.library.forget_race_reports()
+        return reports
+
+    def launched(self) -> set[str]:
+        """The kernels that have run since it was asked last."""
+        offsets = (ctypes.c_int64 * 1024)()
+        count = self.library.launched_kernels(offsets, len(offsets))
+        assert count <= len(offsets)
+        return {self.kernels[offset] for offset in offsets[:count]}
 
     def empty(
         self, shape: Sequence[int], dtype: torch.dtype, order=CHANNELS_FIRST, in_front=False

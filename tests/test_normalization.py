@@ -286,7 +286,7 @@ class TestModel:
             expected = []
             for k, (a, b) in enumerate(zip(f0.taps, f1.taps)):
                 squares = (oracle(a, kind) - oracle(b, kind)) ** 2
-                weight = model._lin(k).weight.double().view(1, -1, 1, 1)
+                weight = model.lins[k].model[-1].weight.double().view(1, -1, 1, 1)
                 expected.append((weight * squares).sum(dim=1).mean(dim=(1, 2)))
             for layer, reference in zip(layers, expected, strict=True):
                 torch.testing.assert_close(layer.flatten().double(), reference, rtol=2e-5, atol=0)
@@ -322,7 +322,7 @@ class TestModel:
         value = 0.0
         for k, (a, b) in enumerate(zip(taps0, taps1, strict=True)):
             squares = (normalize_features(a, kind) - normalize_features(b, kind)) ** 2
-            weight = model._lin(k).weight.double().view(1, -1, 1, 1)
+            weight = model.lins[k].model[-1].weight.double().view(1, -1, 1, 1)
             value = value + (weight * squares).sum(dim=1).mean()
         (expected,) = torch.autograd.grad(value, image)
         assert expected.norm() > 0

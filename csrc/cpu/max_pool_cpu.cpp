@@ -1,5 +1,6 @@
 // Torch's side of the CPU max-pooling: checks, work division, registration.
 #include <algorithm>
+#include <optional>
 
 #include "../max_pool.h"
 #include "dispatch.h"
@@ -37,29 +38,47 @@ Tensor max_pool2d(Tensor x, int64_t kernel, int64_t stride, bool ceil_mode) {
   return y;
 }
 
-Tensor max_pool2d_backward(Tensor grad, Tensor x, Tensor y, int64_t kernel, int64_t stride) {
+void check_keys(const Tensor& keys, const Tensor& x) {
+  Operands(Backend::kCPU).check("keys", keys);
+  const bool fit = keys.dim() == 4 && keys.scalar_type() == ScalarType::Long &&
+                   keys.is_contiguous() && keys.size(0) == x.size(0) && keys.size(1) > 0 &&
+                   x.size(1) % keys.size(1) == 0 && keys.size(2) == x.size(2) &&
+                   keys.size(3) == x.size(3);
+  LPIPS_FAST_CHECK(fit, "max_pool2d_backward takes contiguous int64 keys (N, groups, H, W) of its ",
+                   "images, got ", description_of(keys), " for ", description_of(x));
+}
+
+Tensor max_pool2d_backward(Tensor grad, Tensor x, Tensor y, int64_t kernel, int64_t stride,
+                           std::optional<Tensor> keys) {
   check_pool(Backend::kCPU, x, kernel, stride);
   check_pool_gradient(Backend::kCPU, grad, x, y, kernel, stride);
+  if (keys) check_keys(*keys, x);
   const Tensor grad_x = empty_channels_last(x, x.size(2), x.size(3));
   if (grad_x.numel() == 0) return grad_x;
   grad = channels_last(grad);
   x = channels_last(x);
   y = channels_last(y);
   const PoolShape shape = shape_of_pool(x, y, kernel, stride);
-  const int64_t groups = (shape.channels + kChannelsPerTask - 1) / kChannelsPerTask;
+  const int64_t positions = shape.height * shape.width;
+  const int64_t groups = keys ? keys->size(1) : 1, per_group = shape.channels / groups;
+  const auto* all_keys = keys ? static_cast<const int64_t*>(keys->const_data_ptr()) : nullptr;
+  const int64_t tasks_per_group = (per_group + kChannelsPerTask - 1) / kChannelsPerTask;
   dispatch_feature_dtype(x.scalar_type(), [&](auto feature) {
     using feature_t = decltype(feature);
     // Windows overlap, so threads share out images and channels, never positions.
-    parallel_for(0, x.size(0) * groups, 1, [&](int64_t first, int64_t last) {
+    parallel_for(0, x.size(0) * groups * tasks_per_group, 1, [&](int64_t first, int64_t last) {
       for (int64_t task = first; task < last; ++task) {
-        const int64_t image = task / groups, begin = task % groups * kChannelsPerTask;
-        const int64_t in = image * shape.channels * shape.height * shape.width;
+        const int64_t image_and_group = task / tasks_per_group, image = image_and_group / groups;
+        const int64_t end = (image_and_group % groups + 1) * per_group;
+        const int64_t begin = end - per_group + task % tasks_per_group * kChannelsPerTask;
+        const int64_t in = image * shape.channels * positions;
         const int64_t out = image * shape.channels * shape.out_height * shape.out_width;
         max_pool_backward(static_cast<const feature_t*>(grad.const_data_ptr()) + out,
                           static_cast<const feature_t*>(x.const_data_ptr()) + in,
                           static_cast<const feature_t*>(y.const_data_ptr()) + out,
+                          keys ? all_keys + image_and_group * positions : nullptr,
                           static_cast<feature_t*>(grad_x.mutable_data_ptr()) + in, shape, begin,
-                          std::min(begin + kChannelsPerTask, shape.channels));
+                          std::min(begin + kChannelsPerTask, end));
       }
     });
   });

@@ -13,9 +13,10 @@ template <typename feature_t>
 void max_pool_row(const feature_t* x, feature_t* y, const PoolShape& shape, int64_t out_row);
 
 // The gradient of one image, for channels [begin, end) of all its positions. `grad_x` is written
-// whole.
+// whole. `keys` (H, W), or null: of positions with one key the first of a window gets the gradient.
 template <typename feature_t>
 void max_pool_backward(const feature_t* grad_y, const feature_t* x, const feature_t* y,
-                       feature_t* grad_x, const PoolShape& shape, int64_t begin, int64_t end);
+                       const int64_t* keys, feature_t* grad_x, const PoolShape& shape,
+                       int64_t begin, int64_t end);
 
 }  // namespace lpips_fast

@@ -117,7 +117,7 @@ struct Phases {
       winograd_multiply_panel(block.inputs + element * block.count * depth,
                               convolution.weights + k * depth * width,
                               block.products + element * block.count * columns + panel * width,
-                              block.count, depth, columns);
+                              block.count, depth, image().kernel, columns);
     }
   }
 

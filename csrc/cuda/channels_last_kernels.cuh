@@ -12,6 +12,7 @@
 // same path with loads of one element, and hold up to 512 channels (float64: 256).
 //   forward:  reads 2 features; writes 4 bytes a position (map) or a block (average)
 //   backward: reads 2 features; writes each asked gradient once; weights: C sums a block
+//   of a tap: reads 2 features and the gradient from deeper layers; writes 1 gradient
 #pragma once
 
 #include "block_run.cuh"
@@ -143,16 +144,19 @@ __global__ void __launch_bounds__(kChannelsLastThreads, kVectors ? 4 : 2)
 
 // Blocks that a multiprocessor should hold, which bounds their registers: as many as come without
 // spills, by the table of scripts/check_cuda_compile.py. 0 leaves the number to the compiler.
-constexpr int channels_last_backward_blocks(int element_size, bool vectors, bool weight_gradient) {
+constexpr int channels_last_backward_blocks(int element_size, bool vectors, bool weight_gradient,
+                                            bool tap) {
   if (weight_gradient) return 1;
-  if (!vectors) return 2;
+  if (!vectors || (tap && element_size == 8)) return 2;
   return element_size == 2 ? 3 : 0;
 }
 
-template <typename T, bool kVectors, bool kWeightGradient>
+// kTap: feat0 is a tap of a network, the result of a ReLU, and feat1 its target, without a gradient.
+// What comes from deeper layers is added and the ReLU's derivative taken in the same pass.
+template <typename T, bool kVectors, bool kWeightGradient, bool kTap>
 __global__ void __launch_bounds__(kChannelsLastThreads,
                                   channels_last_backward_blocks(sizeof(T), kVectors,
-                                                                kWeightGradient))
+                                                                kWeightGradient, kTap))
     channels_last_backward(const __grid_constant__ LayerTasks tasks) {
   using A = accumulator_t<T>;
   using Slice = ChannelSlice<T, kVectors>;
@@ -167,9 +171,11 @@ __global__ void __launch_bounds__(kChannelsLastThreads,
   const T* feat0 = static_cast<const T*>(task.feat0.data) + run.start(task.feat0);
   const T* feat1 = static_cast<const T*>(task.feat1.data) + run.start(task.feat1);
   T* grad0 = static_cast<T*>(task.grad0.data);
-  T* grad1 = static_cast<T*>(task.grad1.data);
+  T* grad1 = kTap ? nullptr : static_cast<T*>(task.grad1.data);
+  const T* deeper = kTap ? static_cast<const T*>(task.deeper.data) : nullptr;
   if (grad0) grad0 += run.start(task.grad0);
   if (grad1) grad1 += run.start(task.grad1);
+  if (deeper) deeper += run.start(task.deeper);
   const A* upstream = static_cast<const A*>(task.upstream.data) + run.start(task.upstream);
   const A* weight = static_cast<const A*>(task.weight);
 
@@ -251,6 +257,7 @@ __global__ void __launch_bounds__(kChannelsLastThreads,
     if (past_end) continue;
     T* out0 = grad0 ? grad0 + run.offset(task.grad0, local) : nullptr;
     T* out1 = grad1 ? grad1 + run.offset(task.grad1, local) : nullptr;
+    const T* from_deeper = deeper ? deeper + run.offset(task.deeper, local) : nullptr;
     for (int slab = 0; slab < task.slabs; ++slab) {
       if (slab != 0) {
         a.load(vector0, lane, slab);
@@ -260,17 +267,23 @@ __global__ void __launch_bounds__(kChannelsLastThreads,
       for (int k = 0; k < kChunks; ++k) {
         const unsigned load = lane.load(slab, k);
         if (lane.owns(load)) {
-          A x[kSize], y[kSize], w[kSize];
+          A x[kSize], y[kSize], w[kSize], more[kSize] = {};
           a.chunk[k].unpack(x);
           b.chunk[k].unpack(y);
           load_weights(w, weight, load);
+          if (from_deeper) {
+            Vector<T, kSize> vector;
+            vector.load(from_deeper, load);
+            vector.unpack(more);
+          }
 #pragma unroll
           for (int i = 0; i < kSize; ++i) {
             const A unit0 = rounded_product(x[i], inverse.feat0);
             const A unit1 = rounded_product(y[i], inverse.feat1);
             const A t = 2 * g * w[i] * (unit0 - unit1);
-            x[i] = storable_gradient<T>(feature_gradient(t, inverse.feat0, unit0, over_norm.feat0),
-                                        zero0);
+            A gradient = feature_gradient(t, inverse.feat0, unit0, over_norm.feat0);
+            if constexpr (kTap) gradient = x[i] <= A(0) ? A(0) : gradient + more[i];
+            x[i] = storable_gradient<T>(gradient, zero0);
             y[i] = storable_gradient<T>(
                 feature_gradient(-t, inverse.feat1, unit1, -over_norm.feat1), zero1);
           }

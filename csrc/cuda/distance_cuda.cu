@@ -1,6 +1,7 @@
 // The CUDA implementation of the distance, torch's side: outputs, workspace, launches.
 #include <array>
 #include <atomic>
+#include <optional>
 
 #include "../lpips_distance.h"
 #include "distance_kernels.cuh"
@@ -77,7 +78,8 @@ TensorList distance_map(TensorList feats0, TensorList feats1, TensorList weights
 }
 
 // Allocates what is asked for, runs, and returns it in the contract's order. `works` have their
-// upstream gradients.
+// upstream gradients. kTap: one layer's, of a tap.
+template <bool kTap = false>
 TensorList run_backward(std::vector<LayerWork> works, const TensorList& feats0,
                         const TensorList& weights, double eps, bool need_feats0, bool need_feats1,
                         bool need_weights) {
@@ -104,7 +106,7 @@ TensorList run_backward(std::vector<LayerWork> works, const TensorList& feats0,
                   multiprocessors(device));
     const Workspace workspace(plan, feats0[0]);
     dispatch_feature_dtype(feats0[0].scalar_type(), [&](auto feature) {
-      launch_backward<decltype(feature)>(plan, eps, workspace.data, current_stream(device));
+      launch_backward<decltype(feature), kTap>(plan, eps, workspace.data, current_stream(device));
     });
     check(cudaGetLastError());
   }
@@ -144,6 +146,44 @@ TensorList distance_map_backward(TensorList grads, TensorList feats0, TensorList
   return run_backward(works, feats0, weights, eps, need_feats0, need_feats1, need_weights);
 }
 
+// The gradient at a tap of a network, as csrc/cpu/distance_cpu.cpp has it: the distance's to feat0,
+// with what comes from deeper layers, through the ReLU whose result feat0 is. `grad` is (N, 1), to a
+// distance, or (N, 1, H, W), to a map.
+TensorList tap_backward(Tensor grad, std::optional<Tensor> deeper, Tensor feat0, Tensor feat1,
+                        Tensor weight, double eps, bool need_weight) {
+  const TensorList feats0{feat0}, weights{weight};
+  check_layers(Backend::kCUDA, feats0, {feat1}, weights);
+  const bool is_map = grad.dim() == 4;
+  if (is_map) {
+    check_map_gradients(Backend::kCUDA, {grad}, feats0);
+  } else {
+    check_distance_gradient(Backend::kCUDA, grad, feats0);
+  }
+  Operands(Backend::kCUDA).check("feat0", feat0).check("the gradient from deeper layers", deeper);
+  LPIPS_FAST_CHECK(memory_order(feat0) == MemoryOrder::kChannelsLast,
+                   "tap_backward takes channels-last features; call "
+                   ".contiguous(memory_format=torch.channels_last) first");
+  LPIPS_FAST_CHECK(
+      !deeper || (same_shape(*deeper, feat0) && deeper->scalar_type() == feat0.scalar_type()),
+      "the gradient from deeper layers must have the features' shape and dtype, got ",
+      deeper ? description_of(*deeper) : "", " for ", description_of(feat0));
+  const DeviceGuard guard(feat0.get_device_index());
+  const Layers layers = describe_layers(feats0, {feat1}, weights);
+  LayerWork work = works_of(layers)[0];
+  const int64_t positions = work.layer.h * work.layer.w;
+  if (is_map) {
+    work.upstream = {grad.const_data_ptr(), grad.stride(0), grad.stride(2), grad.stride(3)};
+  } else {
+    work.upstream = {grad.const_data_ptr(), grad.stride(0), 0, 0};
+    work.upstream_scale = 1.0 / static_cast<double>(positions);
+  }
+  if (deeper) {
+    deeper = in_order(*deeper, MemoryOrder::kChannelsLast);
+    work.deeper = view_of(*deeper, MemoryOrder::kChannelsLast);
+  }
+  return run_backward<true>({work}, feats0, weights, eps, true, false, need_weight);
+}
+
 }  // namespace
 }  // namespace lpips_fast::cuda
 
@@ -152,4 +192,5 @@ STABLE_TORCH_LIBRARY_IMPL(lpips_fast, CUDA, m) {
   m.impl("distance_backward", TORCH_BOX(&lpips_fast::cuda::distance_backward));
   m.impl("distance_map", TORCH_BOX(&lpips_fast::cuda::distance_map));
   m.impl("distance_map_backward", TORCH_BOX(&lpips_fast::cuda::distance_map_backward));
+  m.impl("tap_backward", TORCH_BOX(&lpips_fast::cuda::tap_backward));
 }

@@ -41,7 +41,8 @@ void launch_distance(const Plan& plan, double eps, void* workspace, void* out, S
   }
 }
 
-template <typename T, typename Stream>
+// kTap: of a tap (channels_last_kernels.cuh), channels-last alone.
+template <typename T, bool kTap = false, typename Stream>
 void launch_backward(const Plan& plan, double eps, void* workspace, Stream stream) {
   using A = accumulator_t<T>;
   for (const Launch& launch : plan.launches) {
@@ -57,9 +58,13 @@ void launch_backward(const Plan& plan, double eps, void* workspace, Stream strea
         run(weights ? with_weights : plain);
       };
       if (launch.order == MemoryOrder::kChannelsLast && launch.vectors) {
-        choose(channels_last_backward<T, true, false>, channels_last_backward<T, true, true>);
+        choose(channels_last_backward<T, true, false, kTap>,
+               channels_last_backward<T, true, true, kTap>);
       } else if (launch.order == MemoryOrder::kChannelsLast) {
-        choose(channels_last_backward<T, false, false>, channels_last_backward<T, false, true>);
+        choose(channels_last_backward<T, false, false, kTap>,
+               channels_last_backward<T, false, true, kTap>);
+      } else if constexpr (kTap) {
+        throw std::invalid_argument("lpips_fast: a tap's gradient is channels-last");
       } else if (launch.vectors) {
         choose(channels_first_backward<T, true, false>, channels_first_backward<T, true, true>);
       } else {

@@ -66,6 +66,7 @@ struct LayerWork {
   double upstream_scale = 1;  // 1/(H*W) for an averaged distance
   GradientView grad0{}, grad1{};
   void* grad_weight = nullptr;  // (C,)
+  FeatureView deeper{};         // of a tap: the gradient from deeper layers; data null: none
 };
 
 // ------------------------------------------------------------------------- what a kernel is told
@@ -73,6 +74,7 @@ struct LayerWork {
 struct LayerTask {
   FeatureView feat0, feat1;
   GradientView grad0, grad1;
+  FeatureView deeper;
   UpstreamView upstream;
   double upstream_scale;
   const void* weight;
@@ -178,7 +180,8 @@ inline Grid grid_of(const LayerWork& work) {
   if (w == 1) return {1, h, true};
   if (h == 1 ||
       (rows_adjoin(work.layer.feat0, w) && rows_adjoin(work.layer.feat1, w) &&
-       rows_adjoin(work.grad0, w) && rows_adjoin(work.grad1, w) && rows_adjoin(work.upstream, w)))
+       rows_adjoin(work.grad0, w) && rows_adjoin(work.grad1, w) && rows_adjoin(work.deeper, w) &&
+       rows_adjoin(work.upstream, w)))
     return {1, h * w, false};
   return {h, w, false};
 }
@@ -220,7 +223,8 @@ inline bool vectors_allowed(const LayerWork& work, int element_size) {
     return vector_view(along(view, grid), layer, grid, element_size, vector);
   };
   return dense_extent % vector == 0 && (!channels_last || aligned(layer.weight, 16)) &&
-         fits(layer.feat0) && fits(layer.feat1) && fits(work.grad0) && fits(work.grad1);
+         fits(layer.feat0) && fits(layer.feat1) && fits(work.grad0) && fits(work.grad1) &&
+         fits(work.deeper);
 }
 
 // Warps that share a tile, channels-first: enough to hold all channels in registers, if possible.
@@ -243,6 +247,7 @@ inline LayerTask describe(const LayerWork& work, int element_size, bool vectors)
   task.feat1 = along(layer.feat1, grid);
   task.grad0 = along(work.grad0, grid);
   task.grad1 = along(work.grad1, grid);
+  task.deeper = along(work.deeper, grid);
   task.upstream = along(work.upstream, grid);
   task.upstream_scale = work.upstream_scale;
   task.weight = layer.weight;
@@ -280,6 +285,31 @@ inline int64_t positions_per_round(const LayerTask& task, const Launch& launch, 
 
 // Blocks that a multiprocessor runs at a time, about, and rounds that are worth a block's start.
 constexpr int64_t kResidentBlocks = 4, kWorthwhileRounds = 4;
+// A block's start, in rounds: about a quarter.
+constexpr int64_t kStartsPerRound = 4;
+
+// The rounds of an image of every layer, and how often they come.
+struct ImageRounds {
+  int64_t images, rounds;
+};
+
+// How many rounds a block should take so that a device that runs `slots` blocks at a time is done
+// first: waves of blocks, times what a block of a wave takes. 2048 rounds on 528 slots are one wave
+// of 512 blocks of four, and 1.3 waves, that is two, of 683 blocks of three.
+inline int64_t balanced_rounds(const std::vector<ImageRounds>& layers, int64_t slots) {
+  int64_t best = 1, least = INT64_MAX;
+  for (int64_t candidate = 1; candidate <= kWorthwhileRounds; ++candidate) {
+    int64_t blocks = 0;
+    for (const ImageRounds& layer : layers)
+      blocks += layer.images * divide_up(layer.rounds, candidate);
+    const int64_t time = divide_up(blocks, slots) * (candidate * kStartsPerRound + 1);
+    if (time <= least) {
+      least = time;
+      best = candidate;
+    }
+  }
+  return best;
+}
 
 // Cuts the layers' positions into blocks. A block walks through a run of positions of one image in
 // rounds; rounds are alike in bytes for all layers, so that blocks of equal rounds are balanced.
@@ -288,16 +318,17 @@ constexpr int64_t kResidentBlocks = 4, kWorthwhileRounds = 4;
 inline void cut_into_blocks(Launch& launch, const std::vector<LayerWork>& works, int element_size,
                             int64_t multiprocessors, int64_t blocks_per_multiprocessor,
                             bool sums_over_image) {
+  std::vector<ImageRounds> layers;
   int64_t total_rounds = 0, longest_image = 0;
   for (size_t l = 0; l < works.size(); ++l) {
     const LayerTask& task = launch.tasks.layers[l];
     const int64_t rounds =
         divide_up(task.positions, positions_per_round(task, launch, element_size));
+    layers.push_back({works[l].layer.n, rounds});
     total_rounds += works[l].layer.n * rounds;
     longest_image = std::max(longest_image, rounds);
   }
-  int64_t most_rounds =
-      std::clamp<int64_t>(total_rounds / (multiprocessors * kResidentBlocks), 1, kWorthwhileRounds);
+  int64_t most_rounds = balanced_rounds(layers, multiprocessors * kResidentBlocks);
   // A small image in one block saves the launch that would add the blocks' sums.
   if (sums_over_image && longest_image <= kWorthwhileRounds) most_rounds = kWorthwhileRounds;
   most_rounds =

@@ -1,4 +1,6 @@
 // Torch's side of max-pooling: checks, dispatch on the dtype, the current stream, registration.
+#include <optional>
+
 #include "../max_pool.h"
 #include "max_pool_kernels.cuh"
 #include "torch_side.h"
@@ -25,8 +27,10 @@ Tensor max_pool2d(Tensor x, int64_t kernel, int64_t stride, bool ceil_mode) {
   return y;
 }
 
-Tensor max_pool2d_backward(Tensor grad, Tensor x, Tensor y, int64_t kernel, int64_t stride) {
+Tensor max_pool2d_backward(Tensor grad, Tensor x, Tensor y, int64_t kernel, int64_t stride,
+                           std::optional<Tensor> keys) {
   check_pool(Backend::kCUDA, x, kernel, stride);
+  LPIPS_FAST_CHECK(!keys, "max_pool2d_backward on CUDA takes no keys");
   check_pool_gradient(Backend::kCUDA, grad, x, y, kernel, stride);
   const int32_t device = x.get_device_index();
   const DeviceGuard guard(device);

@@ -9,6 +9,9 @@
 // strides or the width do not allow that, and in float64, a thread takes one pixel by single
 // elements. Rows that adjoin in memory are one row.
 //
+// Where asked, an image with a result that is not finite is flagged: its word of `flags` becomes NaN,
+// by an integer OR, which has no order.
+//
 // 2 x is exact, so that a multiply-add fused by the compiler gives the bits of the two operations.
 #pragma once
 
@@ -31,9 +34,19 @@ struct ScaleTask {
   ImageBatch images;
   const void *shift, *scale;  // (3,) in the accumulator's dtype
   void* out;                  // (N, H, W, 3), dense
+  uint32_t* flags;            // (N,), 0 before; may be null
   uint32_t parts;             // blocks a row
   bool unit_range;
 };
+
+constexpr uint32_t kNaN = 0x7fc00000;  // a float32's bits
+
+// Infinity and NaN, as they are stored.
+template <typename T>
+__device__ __forceinline__ bool is_finite_stored(accumulator_t<T> x) {
+  const accumulator_t<T> stored = to_accumulator(from_accumulator<T>(x));
+  return stored - stored == 0;
+}
 
 template <typename Out>
 constexpr int kPixelsPerThread = 16 / sizeof(Out);
@@ -84,14 +97,18 @@ __global__ void __launch_bounds__(kRowThreads)
       x = (x - shift) / scale;
     }
   }
+  bool is_finite = true;
 #pragma unroll
   for (int third = 0; third < 3; ++third) {
     accumulator_t<Out> values[kPixels];
 #pragma unroll
-    for (int i = 0; i < kPixels; ++i)
+    for (int i = 0; i < kPixels; ++i) {
       values[i] = static_cast<accumulator_t<Out>>(pixels[third * kPixels + i]);
+      is_finite = is_finite && is_finite_stored<Out>(values[i]);
+    }
     Vector<Out, kPixels>::store(to, third, values);
   }
+  if (task.flags && !is_finite) atomicOr(task.flags + row / height, kNaN);
 }
 
 template <typename In, typename Out>
@@ -109,9 +126,11 @@ PixelOrder pixel_order(const ImageBatch& images, const void* out) {
   return PixelOrder::kAny;
 }
 
+// `flags`: one word an image, 0 before; or null.
 template <typename In, typename Out, typename Stream>
 void launch_scale_images(ImageBatch images, const accumulator_t<In>* shift,
-                         const accumulator_t<In>* scale, bool unit_range, Out* out, Stream stream) {
+                         const accumulator_t<In>* scale, bool unit_range, Out* out, uint32_t* flags,
+                         Stream stream) {
   if (images.width == 1) {
     images.stride_w = images.stride_h;
     images.width = images.height;
@@ -129,6 +148,7 @@ void launch_scale_images(ImageBatch images, const accumulator_t<In>* shift,
   task.shift = shift;
   task.scale = scale;
   task.out = out;
+  task.flags = flags;
   task.parts = cut.parts;
   task.unit_range = unit_range;
   const auto run = [&](auto kernel) {

@@ -17,6 +17,10 @@ class CommandError(Exception):
     """The work cannot be done; the message is one sentence for the user."""
 
 
+class UsageError(CommandError):
+    """The command line was wrong, in a way that argparse does not see."""
+
+
 @dataclass(frozen=True)
 class Command:
     """A sub-command.

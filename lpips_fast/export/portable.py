@@ -9,12 +9,12 @@ graph that holds for every batch, height and width.
 from __future__ import annotations
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .. import functional
 from ..lpips import LPIPS, upsample
 from ..trunk.fire import FireModule
+from ..trunk.max_pool import padded_max_pool
 from ..trunk.table import tap_shapes
 
 
@@ -133,20 +133,14 @@ class _Fire(nn.Module):
 
 
 class _PaddedMaxPool(nn.Module):
-    """Max-pooling that rounds sizes up, as one that rounds them down.
-
-    ``ceil_mode`` makes torch.export branch on the size, and so gives up a dynamic height and width.
-    A padding of stride - 1 below and beside has the same sizes: floor((n + s - 1 - k) / s) is
-    ceil((n - k) / s). The zeros cannot win: a ReLU comes before.
-    """
+    """Max-pooling behind a ReLU that rounds sizes up, as one that rounds them down."""
 
     def __init__(self, kernel: int, stride: int) -> None:
         super().__init__()
         self.kernel, self.stride = kernel, stride
 
     def forward(self, x: Tensor) -> Tensor:
-        x = F.pad(x, (0, self.stride - 1, 0, self.stride - 1))
-        return F.max_pool2d(x, self.kernel, self.stride)
+        return padded_max_pool(x, self.kernel, self.stride, value=0.0)
 
 
 def _plain_slice(block: nn.Module) -> nn.Sequential:

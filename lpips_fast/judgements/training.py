@@ -42,7 +42,7 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from ..compat import BCERankingLoss
-from ..linear import linear_weight
+from ..linear import linear_weight, project_linear_weights
 from ..lpips import LPIPS
 from ..normalization import Normalization
 from ..weights import read_state_dict
@@ -397,10 +397,8 @@ class Trainer:
     def _weights(self) -> Tensor:
         return torch.cat([self.model.layer_weight(k) for k in self.model.layers])
 
-    @torch.no_grad()
     def _project(self) -> None:
-        for lin in self.model.lins:
-            linear_weight(lin).clamp_(min=0)  # type: ignore[arg-type]
+        project_linear_weights(self.model)
 
     # -------------------------------------------------------------------------- validation
 

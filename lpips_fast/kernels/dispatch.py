@@ -3,15 +3,19 @@
 from __future__ import annotations
 
 import os
+from contextlib import AbstractContextManager, nullcontext
 
 import torch
+from torch import Tensor
 
-from .libraries import LOADED_LIBRARIES
+from .libraries import CUDA_KERNELS, LOADED_LIBRARIES
 
 
 def has_kernel(device: torch.device) -> bool:
     """Whether features on ``device`` are served by a kernel, rather than by ``composed``."""
-    return device.type == "cpu" or (device.type == "cuda" and "_cuda" in LOADED_LIBRARIES)
+    if device.type != "cuda":
+        return device.type == "cpu"
+    return CUDA_KERNELS is not None and CUDA_KERNELS.run_on(device)
 
 
 _CUDA_TRUNK = os.environ.get("LPIPS_FAST_CUDA_TRUNK", "1") != "0"
@@ -36,6 +40,18 @@ def autocast_dtype(device: torch.device) -> torch.dtype | None:
     if device.type == "meta" or not torch.is_autocast_enabled(device.type):
         return None
     return torch.get_autocast_dtype(device.type)
+
+
+def below_autograd(*tensors: Tensor) -> AbstractContextManager[object]:
+    """Where no graph is kept of ``tensors``: within, operators of ours skip autograd's wrapper.
+
+    It is Python, and costs more than some kernels.
+    """
+    if torch.compiler.is_compiling():
+        return nullcontext()
+    if torch.is_grad_enabled() and any(t.requires_grad for t in tensors):
+        return nullcontext()
+    return torch._C._AutoDispatchBelowAutograd()
 
 
 def is_eager() -> bool:

@@ -6,10 +6,14 @@ instruction set, and ``_cuda`` the CUDA kernels.
 
 from __future__ import annotations
 
+import json
+import warnings
 from importlib.machinery import EXTENSION_SUFFIXES
 from pathlib import Path
 
 import torch
+
+from .cuda_device import CudaKernels, driver_fault
 
 FOLDER = Path(__file__).parent
 
@@ -19,7 +23,7 @@ def _library(name: str) -> Path | None:
     return next((path for path in candidates if path.exists()), None)
 
 
-def _load() -> list[str]:
+def _load() -> tuple[list[str], CudaKernels | None]:
     """Loads the schemas, the CPU kernels torch itself would choose here, and the CUDA kernels."""
     if _library("_C") is None:
         raise ImportError(
@@ -27,7 +31,7 @@ def _load() -> list[str]:
             'Install it with "pip install --no-build-isolation ." from the source folder, and '
             "run Python from another folder than that."
         )
-    from . import _C  # noqa: F401  (its import registers the schemas)
+    from . import _C  # its import registers the schemas
 
     capability = {"AVX512": "avx512", "AVX2": "avx2"}.get(
         torch.backends.cpu.get_cpu_capability(), "default"
@@ -37,13 +41,18 @@ def _load() -> list[str]:
     cpu = next(path for path in map(_library, names) if path is not None)
     loaded = [cpu]
     cuda = _library("_cuda")
+    built = json.loads(_C.build_info())
     if cuda is not None and torch.version.cuda is not None:
-        loaded.append(cuda)
+        fault = driver_fault(built["nvcc"])
+        if fault is None:
+            loaded.append(cuda)
+        else:
+            warnings.warn(fault, stacklevel=2)
     for library in loaded:
         torch.ops.load_library(str(library))
-    return [library.name.split(".")[0] for library in loaded]
+    kernels = CudaKernels(str(cuda), built["cuda_arch_list"]) if cuda in loaded else None
+    return [library.name.split(".")[0] for library in loaded], kernels
 
 
-LOADED_LIBRARIES = _load()
-
-from ._C import WeightWatch as WeightWatch  # noqa: E402  (only after what says that it is missing)
+#: By name, and the CUDA kernels where they are among them.
+LOADED_LIBRARIES, CUDA_KERNELS = _load()

@@ -20,13 +20,21 @@ def _(
     )
 
 
+@fake_kernel("scale_images_flagged")
+def _(
+    images: Sequence[Tensor], shift: Tensor, scale: Tensor, unit_range: bool, dtype: torch.dtype
+) -> tuple[Tensor, Tensor]:
+    batch = torch.ops.lpips_fast.scale_images(images, shift, scale, unit_range, dtype)
+    return batch, torch.empty(len(batch), dtype=torch.float32, device=batch.device)
+
+
 def _save_scaling(ctx, inputs, output) -> None:
     images, _, scale, ctx.unit_range, _ = inputs
     ctx.batches = [(len(image), image.dtype) for image in images]
     ctx.save_for_backward(scale)
 
 
-def _scaling_backward(ctx, grad):
+def _scaling_backward(ctx, grad, _=None):
     (scale,) = ctx.saved_tensors
     if ctx.unit_range:
         scale = scale / 2
@@ -40,4 +48,7 @@ def _scaling_backward(ctx, grad):
 
 torch.library.register_autograd(
     "lpips_fast::scale_images", _scaling_backward, setup_context=_save_scaling
+)
+torch.library.register_autograd(
+    "lpips_fast::scale_images_flagged", _scaling_backward, setup_context=_save_scaling
 )

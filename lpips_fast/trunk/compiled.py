@@ -17,15 +17,18 @@ from torch import Tensor, nn
 from .. import kernels
 from .fire import FireModule, has_border
 from .legality import FastSlice, Fault
+from .max_pool import CeilMaxPool2d
 from .slices import input_gradient, record, run, slice_layers
 from .table import Conv, Fire, Layer, MaxPool
 
 _LIBRARY = torch.library.Library("lpips_fast", "FRAGMENT")
 _LIBRARY.define("slice_tap(Tensor x, Tensor[] parameters, str net, int number) -> Tensor")
-_LIBRARY.define("slice_record(Tensor x, Tensor[] parameters, str net, int number) -> Tensor[]")
 _LIBRARY.define(
-    "slice_backward(Tensor grad, Tensor x, Tensor[] made, Tensor[] parameters, str net, "
-    "int number) -> Tensor"
+    "slice_record(Tensor x, Tensor[] keys, Tensor[] parameters, str net, int number) -> Tensor[]"
+)
+_LIBRARY.define(
+    "slice_backward(Tensor grad, Tensor x, Tensor[] made, Tensor[] keys, Tensor[] parameters, "
+    "str net, int number) -> Tensor"
 )
 
 
@@ -33,7 +36,9 @@ def _slice_tap(x: Tensor, parameters: Sequence[Tensor], net: str, number: int) -
     return run(slice_layers(net, number), parameters, [_as_images(x)], number == 1)
 
 
-def _slice_record(x: Tensor, parameters: Sequence[Tensor], net: str, number: int) -> list[Tensor]:
+def _slice_record(
+    x: Tensor, keys: Sequence[Tensor], parameters: Sequence[Tensor], net: str, number: int
+) -> list[Tensor]:
     return record(slice_layers(net, number), parameters, _as_images(x), number == 1)
 
 
@@ -41,12 +46,13 @@ def _slice_backward(
     grad: Tensor,
     x: Tensor,
     made: Sequence[Tensor],
+    keys: Sequence[Tensor],
     parameters: Sequence[Tensor],
     net: str,
     number: int,
 ) -> Tensor:
     grad = torch.ops.aten.threshold_backward(grad, made[-1], 0)
-    return input_gradient(slice_layers(net, number), parameters, grad, _as_images(x), made)
+    return input_gradient(slice_layers(net, number), parameters, grad, _as_images(x), made, keys)
 
 
 def _as_images(x: Tensor) -> Tensor:
@@ -94,7 +100,9 @@ def _(x: Tensor, parameters: Sequence[Tensor], net: str, number: int) -> Tensor:
 
 
 @torch.library.register_fake("lpips_fast::slice_record")
-def _(x: Tensor, parameters: Sequence[Tensor], net: str, number: int) -> list[Tensor]:
+def _(
+    x: Tensor, keys: Sequence[Tensor], parameters: Sequence[Tensor], net: str, number: int
+) -> list[Tensor]:
     return made_like(x, parameters, slice_layers(net, number))
 
 
@@ -103,6 +111,7 @@ def _(
     grad: Tensor,
     x: Tensor,
     made: Sequence[Tensor],
+    keys: Sequence[Tensor],
     parameters: Sequence[Tensor],
     net: str,
     number: int,
@@ -114,33 +123,34 @@ def _(
 
 
 def _save(ctx: Any, inputs: tuple[Any, ...], output: list[Tensor]) -> None:
-    x, parameters, ctx.net, ctx.number = inputs
+    x, keys, parameters, ctx.net, ctx.number = inputs
     ctx.set_materialize_grads(False)
-    ctx.made = len(output)
-    ctx.save_for_backward(x, *output, *parameters)
+    ctx.made, ctx.keys = len(output), len(keys)
+    ctx.save_for_backward(x, *output, *keys, *parameters)
 
 
 def _backward(ctx: Any, grads: list[Tensor | None]) -> tuple[Any, ...]:
     x, *rest = ctx.saved_tensors
-    made, parameters = rest[: ctx.made], rest[ctx.made :]
-    none = ([None] * len(parameters), None, None)
+    made, rest = rest[: ctx.made], rest[ctx.made :]
+    keys, parameters = rest[: ctx.keys], rest[ctx.keys :]
+    none = ([None] * len(keys), [None] * len(parameters), None, None)
     if grads[-1] is None:
         return (None, *none)
     operator = torch.ops.lpips_fast.slice_backward
-    return (operator(grads[-1], x, made, parameters, ctx.net, ctx.number), *none)
+    return (operator(grads[-1], x, made, keys, parameters, ctx.net, ctx.number), *none)
 
 
 torch.library.register_autograd("lpips_fast::slice_record", _backward, setup_context=_save)
 
 
-def tap(fast: FastSlice, x: Tensor) -> Tensor:
+def tap(fast: FastSlice, x: Tensor, keys: Sequence[Tensor]) -> Tensor:
     """The tap of images, as torch.compile records it."""
     operators, parameters = torch.ops.lpips_fast, list(fast.parameters)
     dtype = kernels.autocast_dtype(x.device)
     if dtype is not None:
         x = x.to(dtype)
     if torch.is_grad_enabled() and x.requires_grad:
-        return operators.slice_record(x, parameters, fast.net, fast.number)[-1]
+        return operators.slice_record(x, list(keys), parameters, fast.net, fast.number)[-1]
     return operators.slice_tap(x, parameters, fast.net, fast.number)
 
 
@@ -165,9 +175,7 @@ def fast_slice(
             return Fault("", "holds layers that are not as built")
         position += 1
         if isinstance(layer, Conv):
-            if position >= len(children) or type(children[position]) is not nn.ReLU:
-                return Fault("", "holds layers that are not as built")
-            if is_watched(children[position]):
+            if position >= len(children) or not _is_relu(children[position]):
                 return Fault("", "holds layers that are not as built")
             position += 1
     if position != len(children):
@@ -177,6 +185,8 @@ def fast_slice(
             return Fault("", "has weights of another dtype or device than the images")
         if parameter.requires_grad and not frozen and torch.is_grad_enabled():
             return Fault("", "has weights that learn")
+    if frozen:
+        parameters = [parameter.detach() for parameter in parameters]
     return FastSlice(net, number, tuple(parameters))
 
 
@@ -196,7 +206,7 @@ def _is_as_built(module: nn.Module, layer: Layer, parameters: list[Tensor]) -> b
         return False
     if isinstance(layer, MaxPool):
         return (
-            type(module) is nn.MaxPool2d
+            type(module) is (CeilMaxPool2d if layer.ceil_mode else nn.MaxPool2d)
             and module.kernel_size == layer.kernel
             and module.stride == layer.stride
             and module.padding == 0
@@ -211,7 +221,14 @@ def _is_as_built(module: nn.Module, layer: Layer, parameters: list[Tensor]) -> b
         and _is_convolution(module.squeeze, 1, 1, 0, parameters)
         and _is_convolution(module.expand1x1, 1, 1, 0, parameters)
         and _is_convolution(module.expand3x3, 3, 1, 1, parameters)
+        and _is_relu(module.squeeze_activation)
+        and _is_relu(module.expand1x1_activation)
+        and _is_relu(module.expand3x3_activation)
     )
+
+
+def _is_relu(module: nn.Module) -> bool:
+    return type(module) is nn.ReLU and not is_watched(module)
 
 
 def _is_convolution(

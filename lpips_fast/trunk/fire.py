@@ -18,7 +18,7 @@ from .convolution import Convolution, packed_kernel, uses_winograd
 
 
 class FireModule(nn.Module):
-    """Iandola et al. 2016, with torchvision's parameter names.
+    """Iandola et al. 2016, with the names of torchvision's layers.
 
     Args:
         in_channels: of the images.
@@ -29,12 +29,17 @@ class FireModule(nn.Module):
     def __init__(self, in_channels: int, squeeze: int, expand: int) -> None:
         super().__init__()
         self.squeeze = nn.Conv2d(in_channels, squeeze, 1)
+        self.squeeze_activation = nn.ReLU(inplace=True)
         self.expand1x1 = nn.Conv2d(squeeze, expand, 1)
+        self.expand1x1_activation = nn.ReLU(inplace=True)
         self.expand3x3 = nn.Conv2d(squeeze, expand, 3, padding=1)
+        self.expand3x3_activation = nn.ReLU(inplace=True)
 
     def forward(self, x: Tensor) -> Tensor:
-        x = self.squeeze(x).relu()
-        return torch.cat((self.expand1x1(x).relu(), self.expand3x3(x).relu()), dim=1)
+        x = self.squeeze_activation(self.squeeze(x))
+        one = self.expand1x1_activation(self.expand1x1(x))
+        three = self.expand3x3_activation(self.expand3x3(x))
+        return torch.cat((one, three), dim=1)
 
 
 class FireConvolutions(NamedTuple):

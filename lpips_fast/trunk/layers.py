@@ -5,6 +5,7 @@ from __future__ import annotations
 from torch import nn
 
 from .fire import FireModule
+from .max_pool import CeilMaxPool2d
 from .table import Conv, Fire, Layer, MaxPool, ReLU
 
 
@@ -20,7 +21,8 @@ def make_layer(layer: Layer, in_channels: int) -> tuple[nn.Module, int]:
         case ReLU():
             return nn.ReLU(inplace=True), in_channels
         case MaxPool(kernel, stride, ceil_mode):
-            return nn.MaxPool2d(kernel, stride, ceil_mode=ceil_mode), in_channels
+            kind = CeilMaxPool2d if ceil_mode else nn.MaxPool2d
+            return kind(kernel, stride, ceil_mode=ceil_mode), in_channels
         case Fire(squeeze, expand):
             return FireModule(in_channels, squeeze, expand), 2 * expand
     raise TypeError(f"not a layer of a trunk: {layer!r}")

@@ -9,9 +9,8 @@ other. Identity does not matter: copies, pickles and moved models are as fast.
 from __future__ import annotations
 
 import functools
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 import torch.nn.modules.module as torch_module
@@ -23,6 +22,7 @@ from .. import kernels
 from .cuda_convolution import DTYPES as CUDA_DTYPES
 from .fire import FireModule
 from .layers import make_layer
+from .max_pool import CeilMaxPool2d
 from .packing import is_packable
 from .table import IMAGE_CHANNELS, trunk_spec
 
@@ -41,7 +41,15 @@ _UNCOMPARED = frozenset(
         "_load_state_dict_post_hooks",
     }
 )
-_HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
+_HOOKS = (
+    "_forward_hooks",
+    "_forward_pre_hooks",
+    "_backward_hooks",
+    "_backward_pre_hooks",
+    "_forward_hooks_with_kwargs",
+    "_forward_hooks_always_called",
+    "_forward_pre_hooks_with_kwargs",
+)
 _GLOBAL_HOOKS = (
     "_global_forward_hooks",
     "_global_forward_pre_hooks",
@@ -74,11 +82,19 @@ class Template:
         self.shapes = tuple(
             (k, None if p is None else p.shape) for k, p in module._parameters.items()
         )
-        self.buffers = tuple(
-            (k, None if b is None else b.shape) for k, b in module._buffers.items()
-        )
+        self.buffers = tuple(module._buffers)
         self.children = tuple((k, Template(m)) for k, m in module._modules.items() if m is not None)
         self.child_names = tuple(k for k, _ in self.children)
+        self.check: kernels.ModuleCheck = kernels.ModuleCheck(
+            self.kind,
+            tuple(attributes),
+            self.configuration,
+            _HOOKS,
+            self.shapes,
+            self.buffers,
+            [(k, child.check) for k, child in self.children],
+            (nn.Parameter, Tensor),
+        )
 
 
 @dataclass(frozen=True)
@@ -103,8 +119,15 @@ def module_fault(module: nn.Module, template: Template, found: list[Tensor]) -> 
     """The first thing in which a module differs from its template, or None.
 
     Args:
-        found: receives the parameters and buffers, in order.
+        found: receives the parameters, in order.
     """
+    if template.check.matches(module, found):
+        return None
+    found.clear()
+    return _fault_in_words(module, template, found)
+
+
+def _fault_in_words(module: nn.Module, template: Template, found: list[Tensor]) -> Fault | None:
     fault = own_fault(module, template.kind, template.keys)
     if fault is not None:
         return fault
@@ -113,24 +136,23 @@ def module_fault(module: nn.Module, template: Template, found: list[Tensor]) -> 
         now = attributes[key]
         if now is not value and (type(now) is not type(value) or now != value):
             return Fault("", f"has {key} {now!r}, not {value!r} as built")
-    for kind, shapes in (("_parameters", template.shapes), ("_buffers", template.buffers)):
-        tensors = attributes[kind]
-        if len(tensors) != len(shapes):
-            return Fault("", "holds other parameters or buffers than as built")
-        for key, shape in shapes:
-            tensor = tensors.get(key)
-            if tensor is None and shape is None:
-                continue
-            if type(tensor) is not nn.Parameter and type(tensor) is not Tensor:
-                return Fault("", f"has a {key} that is a {type(tensor).__name__}, no plain tensor")
-            if tensor.shape != shape:
-                return Fault("", f"has a {key} of another shape than as built")
-            found.append(tensor)
+    parameters = attributes["_parameters"]
+    if len(parameters) != len(template.shapes) or tuple(attributes["_buffers"]) != template.buffers:
+        return Fault("", "holds other parameters or buffers than as built")
+    for key, shape in template.shapes:
+        parameter = parameters.get(key)
+        if parameter is None and shape is None:
+            continue
+        if type(parameter) is not nn.Parameter and type(parameter) is not Tensor:
+            return Fault("", f"has a {key} that is a {type(parameter).__name__}, no plain tensor")
+        if parameter.shape != shape:  # type: ignore[union-attr]
+            return Fault("", f"has a {key} of another shape than as built")
+        found.append(parameter)  # type: ignore[arg-type]
     children = attributes["_modules"]
     if tuple(children) != template.child_names:
         return Fault("", "holds other layers, or in another order, than as built")
     for key, child in template.children:
-        fault = module_fault(children[key], child, found)
+        fault = _fault_in_words(children[key], child, found)
         if fault is not None:
             return fault.within(key)
     return None
@@ -142,18 +164,31 @@ def own_fault(module: nn.Module, kind: type, keys: frozenset[str]) -> Fault | No
         return Fault("", f"is a {type(module).__name__}, not a {kind.__name__} as built")
     attributes = module.__dict__
     if attributes.keys() != keys:
-        odd = sorted(attributes.keys() ^ keys)
-        return Fault("", f"has other attributes than as built: {', '.join(odd)}")
+        odd = sorted(k for k in attributes.keys() ^ keys if k in keys or _is_read(module, kind, k))
+        if odd:
+            return Fault("", f"has other attributes than as built: {', '.join(odd)}")
     for key in _HOOKS:
         if attributes[key]:
             return Fault("", f"has a hook ({key.strip('_').replace('_', ' ')[:-1]})")
     return None
 
 
+def _is_read(module: nn.Module, kind: type, key: str) -> bool:
+    """Whether a further attribute stands before one that the class's own code reads.
+
+    Others mean nothing to it: frameworks mark the modules that they hold, as FSDP does.
+    """
+    attributes = module.__dict__
+    held = ("_parameters", "_buffers", "_modules")
+    return hasattr(kind, key) or any(key in attributes[group] for group in held)
+
+
 def weights_fault(
     parameters: list[Tensor], device: torch.device, dtype: torch.dtype
 ) -> Fault | None:
     """Why weights cannot be used as plain, dense and frozen ones, or None."""
+    if kernels.lie_plainly(parameters, device, dtype, torch.strided, False):
+        return None
     for parameter in parameters:
         if parameter.device != device:
             return Fault("", f"a weight is on {parameter.device} and the images are on {device}")
@@ -209,21 +244,62 @@ def fast_slice(
     return FastSlice(net, number, tuple(found)) if fault is None else fault
 
 
+@functools.cache
+def _slices_template(net: str) -> tuple[tuple[Template, ...], tuple[int, ...]]:
+    """Of every slice its template, and how many parameters it has."""
+    templates = tuple(_slice_template(net, k + 1) for k in range(len(trunk_spec(net).taps)))
+    return templates, tuple(_parameters_of(template) for template in templates)
+
+
+def _parameters_of(template: Template) -> int:
+    own = sum(shape is not None for _, shape in template.shapes)
+    return own + sum(_parameters_of(child) for _, child in template.children)
+
+
+def fast_slices(
+    blocks: Sequence[nn.Module], net: str, device: torch.device, dtype: torch.dtype, frozen: bool
+) -> list[FastSlice | Fault]:
+    """:func:`fast_slice` of all slices: in few calls where all are as built, the usual case."""
+    templates, counts = _slices_template(net)
+    found: list[Tensor] = []
+    if all(template.check.matches(block, found) for template, block in zip(templates, blocks)):
+        if kernels.autocast_dtype(device) is not None:
+            dtype = found[0].dtype
+        learns_not = not frozen and torch.is_grad_enabled()
+        if kernels.lie_plainly(found, device, dtype, torch.strided, learns_not):
+            result: list[FastSlice | Fault] = []
+            first = 0
+            for k, count in enumerate(counts, start=1):
+                result.append(FastSlice(net, k, tuple(found[first : first + count])))
+                first += count
+            return result
+    return [
+        fast_slice(block, net, number, device, dtype, frozen)
+        for number, block in enumerate(blocks, start=1)
+    ]
+
+
 # ------------------------------------------------------------------------------------ the call
 
 
-def functions_of(kind: type) -> tuple[Any, ...]:
-    """What a call of a module of some class runs, to compare with what it was at import."""
-    return tuple(
-        getattr(kind, name, None)
-        for name in ("forward", "__call__", "_call_impl", "_wrapped_call_impl", "_conv_forward")
-    )
-
-
-_CLASSES = (nn.Conv2d, nn.ReLU, nn.MaxPool2d, nn.Sequential, nn.Dropout, FireModule)
-_AS_IMPORTED = {kind: functions_of(kind) for kind in _CLASSES}
-_FUNCTIONS = ("conv2d", "relu", "max_pool2d")
-_FUNCTIONS_AS_IMPORTED = {name: getattr(nn.functional, name) for name in _FUNCTIONS}
+# What a call of a module runs.
+METHODS = ("forward", "__call__", "_call_impl", "_wrapped_call_impl", "_conv_forward")
+_CLASSES = (
+    nn.Conv2d,
+    nn.ReLU,
+    nn.MaxPool2d,
+    nn.Sequential,
+    nn.Dropout,
+    FireModule,
+    CeilMaxPool2d,
+)
+_FUNCTIONS = [
+    *((kind, name) for kind in _CLASSES for name in METHODS if hasattr(kind, name)),
+    *((nn.functional, name) for name in ("conv2d", "relu", "max_pool2d")),
+    *((nn, name) for name in ("Conv2d", "ReLU", "MaxPool2d", "Sequential", "Dropout")),
+]
+_AS_IMPORTED = [getattr(owner, name) for owner, name in _FUNCTIONS]
+_FUNCTION_CHECK = kernels.AttributeCheck(_FUNCTIONS)
 
 
 def call_fault(images: Iterable[Tensor], device: torch.device, dtype: torch.dtype) -> str | None:
@@ -253,14 +329,10 @@ def calls_fault() -> str | None:
         return "a TorchFunctionMode is active"
     if any(getattr(torch_module, name) for name in _GLOBAL_HOOKS):
         return "hooks are registered for all modules"
-    for kind, functions in _AS_IMPORTED.items():
-        if functions_of(kind) != functions:
-            return f"a method of {kind.__name__} was replaced"
-        if getattr(nn, kind.__name__, kind) is not kind:
-            return f"torch.nn.{kind.__name__} was replaced"
-    for name, function in _FUNCTIONS_AS_IMPORTED.items():
-        if getattr(nn.functional, name) is not function:
-            return f"torch.nn.functional.{name} was replaced"
+    if not _FUNCTION_CHECK.unchanged():
+        for (owner, name), function in zip(_FUNCTIONS, _AS_IMPORTED):
+            if getattr(owner, name) is not function:
+                return f"{owner.__name__}.{name} was replaced"
     return None
 
 

@@ -16,9 +16,11 @@ import torch.utils.checkpoint
 from torch import Tensor, nn
 
 from . import legality, packing
+from .detached import call_detached
 from .layers import make_layer
 from .legality import LEARNS, FastSlice, Fault
-from .slice_node import slice_tap
+from .receptive_fields import receptive_fields
+from .slice_node import as_images, slice_tap
 from .table import IMAGE_CHANNELS, TRUNKS, trunk_spec
 
 
@@ -72,7 +74,8 @@ class Trunk(nn.Module):
 
     def slices(self) -> list[nn.Module]:
         """The slices as they are now, replaced ones too."""
-        return [getattr(self, f"slice{number}") for number in range(1, self.N_slices + 1)]
+        modules = self._modules  # not by name, which costs a microsecond each
+        return [modules[f"slice{number}"] for number in range(1, self.N_slices + 1)]  # type: ignore[misc]
 
     def fast_slices(
         self, device: torch.device, dtype: torch.dtype, frozen: bool = False
@@ -82,10 +85,7 @@ class Trunk(nn.Module):
         Args:
             frozen: the weights are used without a gradient, whether they ask for one or not.
         """
-        return [
-            legality.fast_slice(block, self.net_name, number, device, dtype, frozen)
-            for number, block in enumerate(self.slices(), start=1)
-        ]
+        return legality.fast_slices(self.slices(), self.net_name, device, dtype, frozen)
 
     def repack(self) -> None:
         """Has what was packed of the weights made anew by the next call."""
@@ -110,6 +110,7 @@ class Trunk(nn.Module):
         checkpoint: bool = False,
         layers: Sequence[int] | None = None,
         fast: Sequence[FastSlice | Fault] | None = None,
+        frozen: bool = False,
     ) -> Iterator[Tensor]:
         """The taps of scaled images (N, 3, H, W) one after the other.
 
@@ -119,25 +120,32 @@ class Trunk(nn.Module):
             checkpoint: keep only the taps for backward, and recompute what lies between them.
             layers: which taps, ascending; ``None``: all. Nothing behind the last of them runs.
             fast: of :meth:`fast_slices`; a slice without one is called as a module.
+            frozen: no gradient reaches the weights.
         """
         wanted = range(self.N_slices) if layers is None else layers
+        keys: list[list[Tensor]] = []
+        if fast is not None and torch.is_grad_enabled() and x.requires_grad:
+            keys = receptive_fields(fast[: wanted[-1] + 1], as_images(x))
         held = [x]
         del x
         for layer, block in enumerate(self.slices()[: wanted[-1] + 1]):
             by_hand = fast[layer] if fast is not None else None
             if isinstance(by_hand, FastSlice):
+                of_slice = keys[layer] if keys else []
                 if checkpoint and torch.is_grad_enabled():
-                    held = [_checkpoint(functools.partial(slice_tap, by_hand), held.pop())]
+                    function = functools.partial(slice_tap, by_hand, keys=of_slice)
+                    held = [_checkpoint(function, held.pop())]
                 else:
-                    held = [slice_tap(by_hand, held)]
+                    held = [slice_tap(by_hand, held, of_slice)]
             else:
                 if isinstance(by_hand, Fault) and by_hand is not LEARNS:
                     # As in lpips, for whoever looks into a slice that was changed.
                     held = [held.pop().contiguous()]
+                run = functools.partial(call_detached, block) if frozen else block
                 if checkpoint and torch.is_grad_enabled():
-                    held = [_checkpoint(block, held.pop())]
+                    held = [_checkpoint(run, held.pop())]
                 else:
-                    held = [block(held.pop())]
+                    held = [run(held.pop())]
             if layer in wanted:
                 yield held[0]
 

@@ -25,22 +25,24 @@ def keeps_nan(number: int) -> bool:
     return number == 1
 
 
-def slice_tap(fast: FastSlice, images: Tensor | list[Tensor]) -> Tensor:
+def slice_tap(
+    fast: FastSlice, images: Tensor | list[Tensor], keys: Sequence[Tensor] = ()
+) -> Tensor:
     """The tap of images, differentiable in them where they want a gradient.
 
     Args:
         images: channels-last; or a list of one batch, whose memory goes back when used.
+        keys: before each pooling (:mod:`lpips_fast.trunk.receptive_fields`), for the backward.
     """
     if isinstance(images, Tensor):
         images = [images]
     if kernels.is_compiling():
-        return compiled.tap(fast, images.pop())
+        return compiled.tap(fast, images.pop(), keys)
     images[0] = as_images(images[0])
     if torch.is_grad_enabled() and images[0].requires_grad:
-        return _SliceTap.apply(images.pop(), fast.net, fast.number, *fast.parameters)
+        return _SliceTap.apply(images.pop(), fast.net, fast.number, keys, *fast.parameters)
     layers = slice_layers(fast.net, fast.number)
-    with torch.no_grad():
-        return run(layers, fast.parameters, images, keeps_nan(fast.number))
+    return run(layers, fast.parameters, images, keeps_nan(fast.number))
 
 
 def is_transformed(*grads: Tensor | None) -> bool:
@@ -54,8 +56,10 @@ def is_transformed(*grads: Tensor | None) -> bool:
 
 class _SliceTap(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, x: Tensor, net: str, number: int, *parameters: Tensor) -> Tensor:
-        ctx.layers = slice_layers(net, number)
+    def forward(  # type: ignore[override]
+        ctx: Any, x: Tensor, net: str, number: int, keys: Sequence[Tensor], *parameters: Tensor
+    ) -> Tensor:
+        ctx.layers, ctx.keys = slice_layers(net, number), keys
         made = record(ctx.layers, parameters, x, keeps_nan(number))
         ctx.save_for_backward(x, *made, *parameters)
         ctx.made = len(made)
@@ -65,11 +69,11 @@ class _SliceTap(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
         x, *rest = ctx.saved_tensors
         made, parameters = rest[: ctx.made], rest[ctx.made :]
-        none = (None,) * (2 + len(parameters))
+        none = (None,) * (3 + len(parameters))
         if torch.is_grad_enabled() or is_transformed(grad):
             return plain_gradient(ctx.layers, parameters, grad, x), *none
         grad = torch.ops.aten.threshold_backward(grad, made[-1], 0)
-        return input_gradient(ctx.layers, parameters, grad, x, made), *none
+        return input_gradient(ctx.layers, parameters, grad, x, made, ctx.keys), *none
 
 
 def plain_gradient(

@@ -202,9 +202,11 @@ class TestChannels:
     def test_learned_weights(self, model: LPIPS) -> None:
         importance = channel_importance(model, top=5)
         assert isinstance(importance, ChannelImportance) and len(importance) == model.L
-        everything = sum(model._lin(k).weight.double().sum().item() for k in range(model.L))
+        everything = sum(
+            model.lins[k].model[-1].weight.double().sum().item() for k in range(model.L)
+        )
         for k, layer in enumerate(importance):
-            weight = model._lin(k).weight.detach().double().flatten()
+            weight = model.lins[k].model[-1].weight.detach().double().flatten()
             assert torch.equal(layer.weights, weight)
             assert layer.share == pytest.approx(weight.sum().item() / everything)
             expected, order = weight.topk(5)

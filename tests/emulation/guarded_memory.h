@@ -1,4 +1,4 @@
-// Memory whose neighbours may not be touched, and its C interface for the tests.
+// Memory whose neighbours may not be touched, watched for races, and its C interface for the tests.
 #pragma once
 
 #include <sys/mman.h>
@@ -8,6 +8,8 @@
 #include <cstdint>
 #include <cstring>
 #include <new>
+
+#include "race_detector.h"
 
 namespace emulation {
 
@@ -25,11 +27,13 @@ inline char* guarded_map(int64_t bytes, bool in_front) {
   mprotect(base + page() + inner, page(), PROT_NONE);
   char* data = base + page() + (in_front ? 0 : inner - bytes);
   std::memset(data, 0xff, bytes);  // NaN in every dtype
+  races::watch(data, bytes);
   return data;
 }
 
 inline void guarded_unmap(char* data, int64_t bytes, bool in_front) {
   const int64_t inner = whole_pages(std::max<int64_t>(bytes, 1));
+  races::unwatch(data, bytes);
   munmap(data - page() - (in_front ? 0 : inner - bytes), inner + 2 * page());
 }
 

@@ -1,14 +1,14 @@
-// The CUDA kernels and their launch plan, unmodified, behind a plain C interface on the CPU.
-// tests/kernels/test_cuda_emulation.py builds and calls it.
-#include "cuda_emulation.h"
-
-#define LPIPS_FAST_LAUNCH(kernel, blocks, threads, stream, tasks) \
-  (stream)->launch(blocks, threads, [=] { (kernel)(tasks); })
+// The CUDA kernels of the distance, unmodified, on the CPU: behind a plain C interface with a launch
+// plan for raw memory, and behind torch's side of the operators.
+#define EMULATED_OPERATORS lpips_fast_emulated_distance
+#include "played_torch.h"
 
 #include <exception>
 #include <string>
 
-#include "../../csrc/cuda/distance_kernels.cuh"
+#include "../../csrc/cuda/device_status_cuda.cu"
+#include "../../csrc/cuda/distance_cuda.cu"
+#include "../../csrc/ops.cpp"
 #include "guarded_memory.h"
 
 using namespace lpips_fast;
@@ -20,14 +20,21 @@ using emulation::guarded_map, emulation::guarded_unmap;
 
 std::string error;
 
+// Operations of the interface beyond those of a plan.
+constexpr int kTapBackward = 3;
+
 template <typename T>
-int run(Operation operation, const std::vector<LayerWork>& works, double eps, int multiprocessors,
+int run(int operation, const std::vector<LayerWork>& works, double eps, int multiprocessors,
         int order, void* out) {
   emulation::Stream stream{static_cast<emulation::Order>(order)};
-  const Plan plan = plan_call(operation, works, sizeof(T), multiprocessors);
+  const auto planned = operation == kTapBackward ? Operation::kBackward
+                                                 : static_cast<Operation>(operation);
+  const Plan plan = plan_call(planned, works, sizeof(T), multiprocessors);
   const int64_t bytes = plan.workspace * static_cast<int64_t>(sizeof(accumulator_t<T>));
   char* workspace = guarded_map(bytes, false);
-  if (operation == Operation::kBackward) {
+  if (operation == kTapBackward) {
+    launch_backward<T, true>(plan, eps, workspace, &stream);
+  } else if (planned == Operation::kBackward) {
     launch_backward<T>(plan, eps, workspace, &stream);
   } else {
     launch_distance<T>(plan, eps, workspace, out, &stream);
@@ -49,12 +56,12 @@ int run_distance(const char* dtype, int operation, const LayerWork* works, int c
                  int multiprocessors, int order, void* out) {
   try {
     const std::vector<LayerWork> layers(works, works + count);
-    const auto op = static_cast<Operation>(operation);
     const std::string name = dtype;
-    if (name == "float32") return run<float>(op, layers, eps, multiprocessors, order, out);
-    if (name == "float64") return run<double>(op, layers, eps, multiprocessors, order, out);
-    if (name == "float16") return run<__half>(op, layers, eps, multiprocessors, order, out);
-    if (name == "bfloat16") return run<__nv_bfloat16>(op, layers, eps, multiprocessors, order, out);
+    if (name == "float32") return run<float>(operation, layers, eps, multiprocessors, order, out);
+    if (name == "float64") return run<double>(operation, layers, eps, multiprocessors, order, out);
+    if (name == "float16") return run<__half>(operation, layers, eps, multiprocessors, order, out);
+    if (name == "bfloat16") 
+      return run<__nv_bfloat16>(operation, layers, eps, multiprocessors, order, out);
     error = "unknown dtype " + name;
   } catch (const std::exception& exception) {
     error = exception.what();

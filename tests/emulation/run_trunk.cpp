@@ -1,16 +1,15 @@
-// The trunk's CUDA kernels, unmodified, behind a plain C interface on the CPU.
-// tests/kernels/test_cuda_trunk_emulation.py builds and calls it.
-#include "cuda_emulation.h"
-
-#define LPIPS_FAST_LAUNCH(kernel, blocks, threads, stream, tasks) \
-  (stream)->launch(blocks, threads, [=] { (kernel)(tasks); })
+// The trunk's CUDA kernels, unmodified, on the CPU: behind a plain C interface for raw memory, and
+// behind torch's side of the operators.
+#define EMULATED_OPERATORS lpips_fast_emulated_trunk
+#include "played_torch.h"
 
 #include <exception>
 #include <string>
 
-#include "../../csrc/cuda/bias_relu_kernels.cuh"
-#include "../../csrc/cuda/max_pool_kernels.cuh"
-#include "../../csrc/cuda/scale_images_kernels.cuh"
+#include "../../csrc/cuda/bias_relu_cuda.cu"
+#include "../../csrc/cuda/max_pool_cuda.cu"
+#include "../../csrc/cuda/scale_images_cuda.cu"
+#include "../../csrc/ops.cpp"
 #include "guarded_memory.h"
 
 using namespace lpips_fast;
@@ -61,10 +60,10 @@ int run_bias_relu(const char* dtype, void* y, const void* bias, int64_t position
   });
 }
 
-// sizes: N, H, W; strides: of N, C, H, W.
+// sizes: N, H, W; strides: of N, C, H, W. flags: a word an image, or null.
 int run_scale_images(const char* in, const char* out, const void* images, const int64_t* sizes,
                      const int64_t* strides, const void* shift, const void* scale, int unit_range,
-                     void* result, int order, int ends) {
+                     void* result, void* flags, int order, int ends) {
   const ImageBatch batch{images,     sizes[0],   sizes[1],   sizes[2],
                          strides[0], strides[1], strides[2], strides[3]};
   return run(order, ends, [&](emulation::Stream* stream) {
@@ -74,7 +73,8 @@ int run_scale_images(const char* in, const char* out, const void* images, const 
       dispatch(out, [&](auto scaled) {
         using Out = decltype(scaled);
         launch_scale_images<In>(batch, static_cast<const A*>(shift), static_cast<const A*>(scale),
-                                unit_range != 0, static_cast<Out*>(result), stream);
+                                unit_range != 0, static_cast<Out*>(result),
+                                static_cast<uint32_t*>(flags), stream);
       });
     });
   });

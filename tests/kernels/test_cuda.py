@@ -16,12 +16,12 @@ import pytest
 import torch
 import torch.nn.functional as F
 from parity import image_pair, trunk_weights
-from torch import Tensor, nn
+from torch import Tensor
 
 import lpips_fast
 from lpips_fast import composed, functional, kernels
 from lpips_fast.trunk import cuda_convolution
-from lpips_fast.trunk.convolution import conv_relu
+from lpips_fast.trunk.convolution import Convolution
 
 pytestmark = pytest.mark.cuda
 
@@ -186,6 +186,30 @@ def test_views(poisoned, generator, dtype, order):
         (slice(None), slice(8, 72), slice(None), slice(None)),
     ):
         check_all([a[view]], [b[view]], [w[view[1]]], generator)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("channels", [1, 3, 8, 33, 64, 192, 512, 1200])
+def test_tap_backward(poisoned, generator, dtype, channels):
+    """The gradient of the distance and a deeper one, through the ReLU, against float64."""
+    tap, target, w = make_features((2, channels, 13, 11), dtype, CHANNELS_LAST, generator)
+    deeper = images_of(tap.shape, dtype, CHANNELS_LAST, generator)
+    for shape, more in itertools.product(((2, 1), (2, 1, 13, 11)), (None, deeper)):
+        grad = torch.randn(shape, generator=generator, device=DEVICE, dtype=w.dtype)
+        got, got_weight = torch.ops.lpips_fast.tap_backward(grad, more, tap, target, w, EPS, True)
+        leaf, weight = tap.double().requires_grad_(), w.double().requires_grad_()
+        if len(shape) == 4:
+            value, g = composed.distance_map(leaf, target.double(), weight), grad.double()
+        else:
+            value = composed.distance([leaf], [target.double()], [weight])
+            g = grad.double().view(2, 1, 1, 1) / (13 * 11)
+        expected, expected_weight = torch.autograd.grad(value, [leaf, weight], grad.double())
+        expected = torch.where(tap > 0, expected + (0 if more is None else more.double()), 0)
+        scale = gradient_scale(g, tap.double(), target.double(), w.double()).norm()
+        scale += 0 if more is None else more.double().norm()
+        step = 2**-24 * got.numel() ** 0.5 if dtype == torch.float16 else 0
+        assert float((got.double() - expected).norm()) <= GRADIENT_ERROR[dtype] * scale + step
+        assert relative_error(got_weight, expected_weight) < 1e-5
 
 
 def test_several_layers_of_both_orders(poisoned, generator):
@@ -686,6 +710,18 @@ class TestTrunkOperators:
             torch.ops.lpips_fast.bias_relu_(y, bias)
             assert torch.equal(y, expected)
 
+    @pytest.mark.parametrize("order", ORDERS, ids=ORDER_NAMES)
+    @pytest.mark.parametrize("dtype", DTYPES, ids=str)
+    def test_scale_images_flagged(self, generator, dtype, order):
+        images = images_of((5, 3, 40, 48), dtype, order, generator)
+        images[1, 2, -1, -1], images[3, 0, 0, 0] = torch.nan, torch.inf
+        arguments = ([images[:2], images[2:]], *shift_and_scale(), True, torch.float32)
+        batch, flags = torch.ops.lpips_fast.scale_images_flagged(*arguments)
+        plain = torch.ops.lpips_fast.scale_images(*arguments)
+        assert torch.equal(batch.nan_to_num(), plain.nan_to_num())
+        assert flags.isnan().tolist() == [False, True, False, True, False]
+        assert not flags.nan_to_num().any()
+
     def test_bias_relu_lets_nan_and_infinity_through(self, generator):
         y = images_of((1, 16, 5, 5), torch.float32, CHANNELS_LAST, generator)
         y[0, 3, 2, 2], y[0, 4, 1, 1] = torch.nan, torch.inf
@@ -851,70 +887,63 @@ def exact_convolutions() -> Iterator[None]:
         yield
 
 
-CONVOLUTIONS = [
-    {"in_channels": 3, "out_channels": 64, "kernel_size": 11, "stride": 4, "padding": 2},
-    {"in_channels": 3, "out_channels": 64, "kernel_size": 3, "stride": 2},
-    {"in_channels": 64, "out_channels": 192, "kernel_size": 5, "padding": 2},
-    {"in_channels": 64, "out_channels": 64, "kernel_size": 3, "padding": 1},
-    {"in_channels": 64, "out_channels": 16, "kernel_size": 1},
-    {"in_channels": 33, "out_channels": 65, "kernel_size": 3, "padding": 1},
+CONVOLUTIONS = [  # in, out, kernel, stride, padding
+    (3, 64, 11, 4, 2),
+    (3, 64, 3, 2, 0),
+    (64, 192, 5, 1, 2),
+    (64, 64, 3, 1, 1),
+    (64, 16, 1, 1, 0),
+    (33, 65, 3, 1, 1),
 ]
 
 
-@pytest.mark.parametrize("fused", [True, False], ids=["cuDNN's", "two passes"])
-@pytest.mark.parametrize("options", CONVOLUTIONS, ids=str)
+@pytest.mark.parametrize("fused", [True, False], ids=["as tried", "two passes"])
+@pytest.mark.parametrize("shape", CONVOLUTIONS, ids=str)
 class TestConvolution:
     @pytest.fixture(autouse=True)
     def way(self, fused, exact_convolutions) -> Iterator[None]:
         with torch.backends.cudnn.flags(enabled=True, allow_tf32=False, deterministic=not fused):
             yield
 
-    def conv_and_image(self, options, dtype, generator) -> tuple[nn.Conv2d, Tensor]:
-        conv = nn.Conv2d(**options).requires_grad_(False).to(DEVICE, dtype)
-        conv = conv.to(memory_format=CHANNELS_LAST)  # type: ignore[call-overload]
-        shape = (2, conv.in_channels, 37, 41)
-        return conv, images_of(shape, dtype, CHANNELS_LAST, generator)
-
     @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16], ids=str)
-    def test_value_and_image_gradient(self, generator, options, dtype, fused):
-        conv, x = self.conv_and_image(options, dtype, generator)
-        assert cuda_convolution.conv_relu(conv, x) is not None
-        x.requires_grad_()
-        for keep_nan in (False, True):
-            y = conv_relu(conv, x, keep_nan)
+    def test_value_and_image_gradient(self, generator, shape, dtype, fused):
+        """Also where memory that cuDNN may read holds NaN."""
+        channels, out_channels, kernel, stride, padding = shape
+        size = (out_channels, channels, kernel, kernel)
+        weight = images_of(size, torch.float32, CHANNELS_LAST, generator) / channels**0.5 / kernel
+        weight = weight.to(dtype)
+        bias = images_of((out_channels, 1, 1, 1), dtype, CHANNELS_FIRST, generator).flatten()
+        conv = Convolution(weight, bias, stride, padding, None)  # type: ignore[arg-type]
+        x = images_of((2, channels, 37, 41), dtype, CHANNELS_LAST, generator)
+        leaf = x.double().requires_grad_()
+        exact = F.conv2d(leaf, weight.double(), bias.double(), stride, padding)
+        bound = {torch.float32: 1e-5, torch.float16: 2e-3, torch.bfloat16: 1e-2}[dtype]
+        for keep_nan, _ in itertools.product((False, True), range(3)):
+            torch.full_like(exact, torch.nan, dtype=dtype, memory_format=CHANNELS_LAST)
+            y = cuda_convolution.convolve(conv, x, keep_nan)
             assert y.is_contiguous(memory_format=CHANNELS_LAST) and y.dtype == dtype
-            x64, conv64 = x.detach().double().requires_grad_(), nn.Conv2d(**options)
-            conv64.load_state_dict(conv.state_dict())
-            y64 = conv64.requires_grad_(False).to(DEVICE).double()(x64)
-            bound = {torch.float32: 1e-5, torch.float16: 2e-3, torch.bfloat16: 1e-2}[dtype]
-            assert relative_error(y, y64.relu()) < bound
-            grad = torch.randn_like(y)
-            (got,) = torch.autograd.grad(y, x, grad)
-            (expected,) = torch.autograd.grad(y64, x64, grad.double() * (y > 0))
-            assert relative_error(got, expected) < bound
-        print("without a fused engine:", cuda_convolution.WITHOUT_ENGINE or "none")
+            assert relative_error(y, exact.relu()) < bound
+        grad, add = torch.randn_like(y), torch.randn_like(x)
+        (expected,) = torch.autograd.grad(exact, leaf, grad.double())
+        got = cuda_convolution.input_gradient(conv, grad, x)
+        assert relative_error(got, expected) < bound
+        got = cuda_convolution.input_gradient(conv, grad, x, through_relu=True, add=add)
+        assert relative_error(got, (expected + add) * (x > 0)) < bound
 
-    def test_autocast(self, generator, options, fused):
-        conv, x = self.conv_and_image(options, torch.float32, generator)
-        x.requires_grad_()
-        with torch.autocast("cuda", torch.float16):
-            y, expected = conv_relu(conv, x), conv(x).relu()
-            assert y.dtype == expected.dtype
-        assert relative_error(y, expected.double()) < 2e-3
-        (got,) = torch.autograd.grad(y.float().square().sum(), x)
-        (reference,) = torch.autograd.grad(expected.float().square().sum(), x)
-        assert got.dtype == torch.float32
-        assert relative_error(got, reference.double()) < 1e-2
+    def test_nan_comes_through_where_it_must(self, generator, shape, fused):
+        channels, out_channels, kernel, stride, padding = shape
+        size = (out_channels, channels, kernel, kernel)
+        weight = images_of(size, torch.float32, CHANNELS_LAST, generator)
+        bias = torch.zeros(out_channels, device=DEVICE)
+        conv = Convolution(weight, bias, stride, padding, None)  # type: ignore[arg-type]
+        x = images_of((1, channels, 37, 41), torch.float32, CHANNELS_LAST, generator)
+        x[0, 1, 16, 20] = torch.nan
+        assert bool(cuda_convolution.convolve(conv, x, keep_nan=True).isnan().any())
 
-    def test_second_derivative(self, generator, options, fused):
-        conv, x = self.conv_and_image(options, torch.float32, generator)
-        x.requires_grad_()
-        results = []
-        for function in (conv_relu, lambda conv, x: conv(x).relu()):
-            (grad,) = torch.autograd.grad(function(conv, x).square().sum(), x, create_graph=True)
-            results.append(torch.autograd.grad(grad.square().sum(), x)[0])
-        # A value within rounding of 0 may fall on either side of the mask.
-        assert relative_error(results[0], results[1].double()) < 1e-2
+
+def test_ways_that_were_chosen():
+    """Printed with ``-rP``: which layers were fused, and why."""
+    print("\n".join(cuda_convolution.describe_choices()) or "no convolution was tried")
 
 
 def trunk_model(net: str, **options) -> lpips_fast.LPIPS:

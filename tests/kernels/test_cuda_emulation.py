@@ -23,7 +23,7 @@ from cuda_emulation import (
     STRIDED,
     THREAD_ORDERS,
     EmulatedLibrary,
-    build_library,
+    emulation_library,
     fresh_seed,
     strided,
 )
@@ -33,7 +33,7 @@ from lpips_fast import composed
 
 ORDERS = [CHANNELS_LAST, CHANNELS_FIRST]
 WIDTHS = [1, 2, 3, 5, 8, 31, 32, 33, 64, 100, 192, 256, 384, 512, 1000, 2048]
-AVERAGE, MAP, BACKWARD = 0, 1, 2
+AVERAGE, MAP, BACKWARD, TAP_BACKWARD = 0, 1, 2, 3
 EPS = 1e-10
 
 # Half features are exact in float64, so distances err by float32 sums alone; gradients are rounded
@@ -77,6 +77,7 @@ class LayerWork(ctypes.Structure):
         ("grad0", FeatureView),
         ("grad1", FeatureView),
         ("grad_weight", ctypes.c_void_p),
+        ("deeper", FeatureView),
     ]
 
 
@@ -162,6 +163,27 @@ class Emulator(EmulatedLibrary):
         self.run(BACKWARD, feats0[0].dtype, works, eps, None)
         return grads0, grads1, grads_weight
 
+    def tap_backward(
+        self, grad: Tensor, deeper: Tensor | None, tap, target, weight, need_weight=False
+    ) -> tuple[Tensor, Tensor | None]:
+        """tap_backward: the gradient before the ReLU, and the weight's."""
+        (work,) = self.works([tap], [target], [weight])
+        if grad.dim() == 4:
+            strides = (grad.stride(0), grad.stride(2), grad.stride(3))
+            work.upstream = UpstreamView(grad.data_ptr(), strides)
+        else:
+            work.upstream = UpstreamView(grad.data_ptr(), (grad.stride(0), 0, 0))
+            work.upstream_scale = 1 / max(tap.shape[2] * tap.shape[3], 1)
+        if deeper is not None:
+            work.deeper = view(deeper, 0)
+        result = self.empty(tap.shape, tap.dtype, CHANNELS_LAST)
+        work.grad0 = FeatureView(result.data_ptr(), result.stride())
+        grad_weight = self.empty(weight.shape, weight.dtype) if need_weight else None
+        if grad_weight is not None:
+            work.grad_weight = grad_weight.data_ptr()
+        self.run(TAP_BACKWARD, tap.dtype, [work], EPS, None)
+        return result, grad_weight
+
     def plan(self, operation: int, work: LayerWork, element_size: int) -> dict[str, int]:
         names = "vectors blocks threads lanes team_warps slabs tiles tile_positions workspace"
         facts = (ctypes.c_int64 * 9)()
@@ -173,8 +195,8 @@ class Emulator(EmulatedLibrary):
 
 
 @pytest.fixture(scope="session")
-def library(tmp_path_factory: pytest.TempPathFactory) -> Emulator:
-    return Emulator(build_library("run_distance.cpp", tmp_path_factory.mktemp("emulation")))
+def library() -> Emulator:
+    return Emulator(emulation_library("run_distance"))
 
 
 @pytest.fixture
@@ -182,6 +204,7 @@ def emulator(library: Emulator) -> Iterator[Emulator]:
     library.multiprocessors, library.thread_order = 4, 0
     yield library
     library.release()
+    assert not library.races()
 
 
 # ---------------------------------------------------------------------------- inputs, reference
@@ -397,6 +420,125 @@ def test_random_calls(emulator):
             layers[2].append(weight)
         check_all(emulator, *layers, seed)
         emulator.release()
+
+
+# ------------------------------------------------------------------------- the gradient at a tap
+
+
+def reference_tap_gradient(grad, deeper, tap, target, weight, eps=EPS) -> tuple[Tensor, Tensor]:
+    """In float64: the distance's gradient and the deeper one, through a ReLU that made the tap."""
+    before = torch.where(tap > 0, tap, -1).double().requires_grad_()
+    weight = weight.double().requires_grad_()
+    relu = before.relu()
+    if grad.dim() == 4:
+        value = composed.distance_map(relu, target.double(), weight, eps)
+    else:
+        value = composed.distance([relu], [target.double()], [weight], eps)
+    outputs, upstream = [value], [grad.double()]
+    if deeper is not None:
+        outputs, upstream = [*outputs, relu], [*upstream, deeper.double()]
+    result, grad_weight = torch.autograd.grad(outputs, [before, weight], upstream)
+    return result, grad_weight
+
+
+def check_tap(emulator: Emulator, tap, target, weight, seed: int, kind: str | None = None) -> None:
+    """With and without a deeper gradient and the weight's, to a mean and to a map."""
+    generator = torch.Generator().manual_seed(seed)
+    accumulator = composed.accumulator_dtype(tap.dtype)
+    n, _, h, w = tap.shape
+    deeper = torch.randn(tap.shape, generator=generator).to(tap.dtype)
+    lies = emulator.copy(deeper, CHANNELS_LAST)
+    if kind is not None:
+        lies = strided(emulator, deeper, CHANNELS_LAST, kind)
+    pixels = max(h * w, 1)
+    for shape, each in (((n, 1), pixels), ((n, 1, h, w), 1)):
+        grad = emulator.copy(torch.randn(shape, generator=generator).to(accumulator))
+        for more, need_weight in itertools.product((None, lies), (False, True)):
+            got, got_weight = emulator.tap_backward(grad, more, tap, target, weight, need_weight)
+            expected, expected_weight = reference_tap_gradient(grad, more, tap, target, weight)
+            assert not got[tap <= 0].any()
+            upstream = grad.double() if grad.dim() == 4 else grad.double().view(-1, 1, 1, 1) / each
+            exact = [t.double() for t in (tap, target, weight)]
+            scale = gradient_scale(upstream, *exact).norm()
+            scale += 0 if more is None else more.double().norm()
+            step = 2**-24 * got.numel() ** 0.5 if tap.dtype == torch.float16 else 0
+            error = (got.double() - expected).norm()
+            assert error <= GRADIENT_ERROR[tap.dtype] * scale + step
+            if need_weight:
+                bound = max(DISTANCE_ERROR.get(tap.dtype, 2e-6), 1e-12) * 10
+                assert relative_error(got_weight, expected_weight) < bound
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+class TestTapBackward:
+    @pytest.mark.parametrize("channels", [1, 3, 8, 33, 64, 192, 512, 1200])
+    def test_every_width(self, emulator, dtype, channels):
+        seed = fresh_seed()
+        emulator.multiprocessors = 1
+        a, b, weight = make_features((2, channels, 5, 6), dtype, seed)
+        a, b = emulator.copy(a, CHANNELS_LAST), emulator.copy(b, CHANNELS_LAST, in_front=True)
+        check_tap(emulator, a, b, emulator.copy(weight), seed)
+
+    @pytest.mark.parametrize("kind", STRIDED)
+    def test_strided(self, emulator, dtype, kind):
+        seed = fresh_seed()
+        a, b, weight = make_features((2, 16, 5, 8), dtype, seed)
+        skewed, plain = strided(emulator, a, CHANNELS_LAST, kind), emulator.copy(b, CHANNELS_LAST)
+        check_tap(emulator, skewed, plain, weight, seed)
+        check_tap(emulator, plain, skewed, weight, seed, kind)
+
+    def test_is_the_sum_of_its_parts(self, emulator, dtype):
+        """distance_backward, an addition and the ReLU's derivative, each rounded by itself."""
+        seed = fresh_seed()
+        a, b, weight = make_features((2, 64, 6, 5), dtype, seed)
+        a, b = (x.contiguous(memory_format=CHANNELS_LAST) for x in (a, b))
+        grad = torch.rand(2, 1, dtype=weight.dtype)
+        (plain,), _, (plain_weight,) = emulator.backward(grad, [a], [b], [weight])
+        got, got_weight = emulator.tap_backward(grad, None, a, b, weight, True)
+        assert torch.equal(got, torch.where(a > 0, plain, 0))
+        assert torch.equal(got_weight, plain_weight)
+
+    def test_nan_comes_through(self, emulator, dtype):
+        a, b, weight = make_features((1, 8, 3, 4), dtype, fresh_seed())
+        a[0, 2, 1, 1] = torch.nan
+        a, b = (x.contiguous(memory_format=CHANNELS_LAST) for x in (a, b))
+        got, _ = emulator.tap_backward(torch.ones(1, 1, dtype=weight.dtype), None, a, b, weight)
+        assert got[0, 2, 1, 1].isnan()
+
+    def test_empty(self, emulator, dtype):
+        for shape in ((0, 8, 4, 4), (2, 8, 0, 4)):
+            a, b, weight = make_features(shape, dtype, 0)
+            grad = torch.ones(shape[0], 1, dtype=weight.dtype)
+            got, got_weight = emulator.tap_backward(grad, None, a, b, weight, True)
+            assert got.shape == shape and not got_weight.any()
+
+
+# --------------------------------------------------------------------------- races, in every kernel
+
+
+def test_every_kernel_runs_without_a_race(emulator):
+    """Every instantiation, in memory that the race detector watches, blocks of several rounds."""
+    emulator.launched()
+    emulator.multiprocessors = 1
+    for dtype, order in itertools.product(DTYPES, ORDERS):
+        # All channels in registers, and more of them than fit; loads of vectors, and of elements.
+        for channels, kind in itertools.product((64, 1040), (None, "misaligned")):
+            seed = fresh_seed()
+            height, width = (12, 16) if channels == 64 else (2, 8)
+            a, b, weight = make_features((2, channels, height, width), dtype, seed)
+            a = emulator.copy(a, order) if kind is None else strided(emulator, a, order, kind)
+            b, weight = emulator.copy(b, order), emulator.copy(weight)
+            emulator.distance([a], [b], [weight])
+            emulator.distance_map([a], [b], [weight])
+            grad = emulator.copy(torch.ones(2, 1, dtype=weight.dtype))
+            for need_weight in (False, True):
+                emulator.backward(grad, [a], [b], [weight], need_weights=need_weight)
+                emulator.backward(grad, [a], [b], [weight], EPS, need_weight, not need_weight)
+                if order == CHANNELS_LAST:
+                    emulator.tap_backward(grad, a, a, b, weight, need_weight)
+        emulator.release()
+    assert emulator.launched() == set(emulator.kernels.values())
+    assert not emulator.races()
 
 
 # ------------------------------------------------------------------------------- exact promises
@@ -627,6 +769,19 @@ class TestPlan:
         for hw, possible in ((16, True), (15, False)):
             work = work_of((2, 64, hw, hw), (64 * hw * hw, hw * hw, hw, 1), 1)
             assert emulator.plan(AVERAGE, work, 4)["vectors"] == possible
+
+    def test_blocks_come_in_whole_waves(self, emulator):
+        """On 132 multiprocessors of four blocks each; rounds are of 64 positions here."""
+        emulator.multiprocessors = 132
+        for images, side, blocks in (
+            (8, 128, 512),  # 2048 rounds: by four in one wave, not by three in 1.3
+            (1, 184, 265),  # 529 rounds: by two in one wave, not one by one in a second
+            (12, 128, 1032),  # 3072: by three in two waves, not by four in 1.5
+            (32, 256, 32 * 256),  # many waves: by four
+        ):
+            work = work_of((images, 64, side, side), (64 * side**2, 1, 64 * side, 64), 0)
+            plan = emulator.plan(MAP, work, 4)
+            assert plan["lanes"] == 4 and plan["blocks"] == blocks
 
     @pytest.mark.parametrize("size", [2, 4, 8])
     def test_layers_of_the_trunks_stay_in_registers(self, emulator, size):

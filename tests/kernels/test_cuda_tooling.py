@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import copy
 import importlib.util
+import itertools
 import os
+import runpy
 import subprocess
 import sys
+import time
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -28,15 +31,19 @@ ptxas info    : Used 255 registers, used 0 barriers
 """
 
 
-@pytest.fixture
-def compile_check() -> ModuleType:
-    path = REPOSITORY / "scripts" / "check_cuda_compile.py"
-    spec = importlib.util.spec_from_file_location("check_cuda_compile", path)
+def load_script(name: str) -> ModuleType:
+    path = REPOSITORY / "scripts" / f"{name}.py"
+    spec = importlib.util.spec_from_file_location(name, path)
     assert spec is not None and spec.loader is not None
     module = importlib.util.module_from_spec(spec)
     sys.modules[spec.name] = module
     spec.loader.exec_module(module)
     return module
+
+
+@pytest.fixture
+def compile_check() -> ModuleType:
+    return load_script("check_cuda_compile")
 
 
 class TestCompileReport:
@@ -118,7 +125,7 @@ def fake_results() -> dict[str, Any]:
             case(),
             case(layer="relu2_2", share_of_copy=0.84),
             case(direction="backward", share_of_copy=0.81, times_eager=7.0, times_compiled=None),
-            case(net="alex", pixels=64, batch=1, share_of_copy=0.1, times_compiled=None),
+            case(net="alex", bytes=10**6, share_of_copy=0.1, times_compiled=None),
         ],
     }
 
@@ -145,7 +152,7 @@ class TestKernelBenchmark:
         assert torch.allclose(bench.original_formula(a, b, w).flatten(), ours.flatten(), rtol=1e-5)
 
     def test_arguments(self, bench):
-        assert bench.parse_arguments([]).dtype == ["float32", "float16"]
+        assert bench.parse_arguments([]).dtype == ["float32", "float16", "bfloat16"]
         options = bench.parse_arguments(["--quick", "--dtype", "bfloat16", "--repeats", "3"])
         assert options.quick and options.dtype == ["bfloat16"] and options.repeats == 3
         with pytest.raises(SystemExit):
@@ -170,13 +177,51 @@ class TestKernelBenchmark:
         goals = [line for line in page.split("\n") if "at least" in line or "at most" in line]
         assert "1 of 2 | 84% to 89%" in goals[0]
         assert "| yes | 9.5× to 9.5× |" in goals[1]
+        assert "from 60 MB on" in goals[0] and "from 60 MB on" in goals[2]
+        assert "0 of 1 | 81% to 81%" in goals[3]
         assert "| yes | 1 |" in goals[-2] and "9.2 µs" in goals[-1]
         assert "| max-pooling | float16 | 50.0 | 75% | 1.5 |" in page
         assert "| convolution | float16 | 500.0 |  | 1.2 |" in page
 
+    def test_goals_are_stated_by_bytes(self, bench):
+        report = bench.kernel_report
+        for size, counts in ((59_999_999, False), (60_000_000, True)):
+            assert report.is_goal_case(case(net="alex", pixels=64, bytes=size)) is counts
+
+    def test_goes_on_with_what_is_left(self, bench, tmp_path, monkeypatch):
+        """A budget that ends, twice; nothing is measured again, and nothing is left out."""
+        measured = []
+
+        def measure(layer, direction, dtype, bandwidth, options):
+            measured.append((layer.tap, str(dtype), direction))
+            changes = {"layer": layer.tap, "dtype": str(dtype).removeprefix("torch.")}
+            shape, net = list(layer.shape), layer.net
+            return case(direction=direction, shape=shape, net=net, **changes)
+
+        clock = itertools.count()
+        monkeypatch.setattr(bench, "measure", measure)
+        monkeypatch.setattr(bench, "measure_whole", lambda repeats: fake_results()["whole"])
+        monkeypatch.setattr(bench, "measure_trunk", lambda dtype, bandwidth, repeats: iter(()))
+        monkeypatch.setattr(bench, "copy_bandwidth", lambda: 4e12)
+        monkeypatch.setattr(bench.machine, "name", lambda device: "Some GPU")
+        monkeypatch.setattr(bench.machine, "slug", lambda device: "some-gpu")
+        monkeypatch.setattr(bench.machine, "facts", lambda device: fake_results()["facts"])
+        monkeypatch.setattr(bench.time, "monotonic", lambda: next(clock))
+        monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+        arguments = ["--quick", "--output", str(tmp_path), "--budget"]
+        for budget, code in (("3", 75), ("3", 75), ("1000", 0)):
+            with pytest.raises(SystemExit) as ended:
+                bench.main([*arguments, budget])
+            assert ended.value.code == code
+        assert len(measured) == len(set(measured)) == 9 * 3 * 2
+        assert (tmp_path / "some-gpu-kernels-quick.md").exists()
+        with pytest.raises(SystemExit):
+            bench.main([*arguments, "1000"])
+        assert len(measured) == 9 * 3 * 2
+
     def test_page_of_a_run_that_measured_little(self, bench):
         results = copy.deepcopy(fake_results())
-        results["cases"] = [case(net="alex", pixels=64, batch=1, times_eager=None)]
+        results["cases"] = [case(net="alex", bytes=10**6, times_eager=None)]
         results["whole"]["launches"] = None
         results["trunk"] = []
         page = bench.kernel_report.markdown(results)
@@ -184,24 +229,176 @@ class TestKernelBenchmark:
         assert "the profiler saw no kernels" in page
 
 
+@pytest.fixture
+def gpu_check() -> Any:
+    return load_script("gpu_check")
+
+
 class TestGpuCheck:
-    SCRIPT = REPOSITORY / "scripts" / "gpu_check.sh"
+    FACTS = {"device": "Some GPU", "torch": "2.13.0", "sources": "abc"}  # noqa: RUF012
 
-    def run(self, *arguments: str) -> subprocess.CompletedProcess:
-        environment = {**os.environ, "PYTHON": sys.executable, "CUDA_VISIBLE_DEVICES": ""}
-        command = ["bash", str(self.SCRIPT), *arguments]
-        return subprocess.run(command, capture_output=True, text=True, env=environment)
+    def steps(self, gpu_check, *names: str, limit: int = 100) -> list[Any]:
+        return [gpu_check.Step(name, [sys.executable, "-c", ""], limit) for name in names]
 
-    def test_syntax(self):
-        done = subprocess.run(["bash", "-n", str(self.SCRIPT)], capture_output=True, text=True)
-        assert done.returncode == 0, done.stderr
+    def test_every_step_fits_in_a_slice(self, gpu_check, tmp_path):
+        found = gpu_check.steps("9.0", tmp_path, quick=False)
+        assert max(step.limit for step in found) <= gpu_check.SLICE < 480
+        names = [step.name for step in found]
+        assert names[0] == "build for 9.0" and len(set(names)) == len(names)
+        for tool, dtype in itertools.product(
+            ("memcheck", "racecheck", "synccheck", "initcheck"), gpu_check.DTYPES
+        ):
+            (step,) = (s for s in found if s.name == f"{tool}, {dtype}")
+            assert ("--report-api-errors" in step.command) is (tool == "memcheck")
+        # Every test file is in a step.
+        arguments = {word for step in found for word in step.command if word.startswith("tests/")}
+        for path in (REPOSITORY / "tests").rglob("test_*.py"):
+            name = path.relative_to(REPOSITORY)
+            assert str(name) in arguments or str(name.parent) in arguments, name
 
-    def test_help_and_mistakes(self):
-        assert "--skip-benchmarks" in self.run("--help").stdout
-        assert self.run("--nonsense").returncode == 2
-        assert self.run("--output").returncode == 2
+    def test_what_a_step_says_is_kept(self, gpu_check):
+        code = "import os, sys; print('words'); sys.exit(int(os.environ['CODE']))"
+        for code_wanted, status in (("0", "passed"), ("1", "failed"), ("75", "unfinished")):
+            command = [sys.executable, "-c", code]
+            result = gpu_check.run(gpu_check.Step("a", command, 60, {"CODE": code_wanted}))
+            assert (result.status, result.output) == (status, "words\n")
+        result = gpu_check.run(gpu_check.Step("a", ["none"], 60, missing="it is not installed"))
+        assert (result.status, result.output) == ("skipped", "it is not installed")
+
+    def test_a_step_that_takes_too_long_is_ended_with_all_it_started(self, gpu_check, tmp_path):
+        mark = tmp_path / "mark"
+        child = f"import time; time.sleep(3); open({str(mark)!r}, 'w')"
+        code = (
+            "import subprocess, sys, time; print('begun', flush=True); "
+            f"subprocess.Popen([sys.executable, '-c', {child!r}]); time.sleep(60)"
+        )
+        result = gpu_check.run(gpu_check.Step("slow", [sys.executable, "-c", code], 1))
+        assert result.status == "timed out" and result.output == "begun\n"
+        time.sleep(3)
+        assert not mark.exists()
+
+    def test_slices_go_on_where_the_last_one_ended(self, gpu_check, tmp_path, capsys):
+        path, todo = tmp_path / "record.json", self.steps(gpu_check, "a", "b", "c", "d")
+        now, ran = [0.0], []
+        failures = ["b"]  # fails once
+
+        def runner(step):
+            ran.append(step.name)
+            now[0] += 60
+            status = "passed"
+            if step.name in failures:
+                failures.remove(step.name)
+                status = "failed"
+            return gpu_check.Result(status, 60, f"output of {step.name}")
+
+        def one_slice(seconds: float | None) -> int:
+            ran.clear()
+            record = gpu_check.Record(path, self.FACTS)
+            return gpu_check.go_on(todo, record, seconds, runner, lambda: now[0])
+
+        assert one_slice(250) == gpu_check.MORE_TO_DO
+        assert ran == ["a", "b", "c"]  # d's limit of 100 s would end after 280
+        assert "run it again" in capsys.readouterr().out
+        assert one_slice(None) == 0 and ran == ["b", "d"]  # what failed, and what was left
+        page = path.with_suffix(".md").read_text()
+        assert "| d | passed | 60 |" in page
+        assert one_slice(250) == 0 and ran == []
+
+    def test_a_failure_does_not_stop_the_others_and_is_told(self, gpu_check, tmp_path, capsys):
+        record = gpu_check.Record(tmp_path / "record.json", self.FACTS)
+        results = {"a": "failed", "b": "timed out", "c": "skipped", "d": "passed"}
+
+        def runner(step):
+            return gpu_check.Result(results[step.name], 1, f"words of {step.name}")
+
+        assert gpu_check.go_on(self.steps(gpu_check, *results), record, None, runner) == 1
+        page = (tmp_path / "record.md").read_text()
+        assert "| c | skipped (words of c) | 1 |" in page
+        assert "## a\n\n```\nwords of a\n```" in page and "## d" not in page
+        assert "failed: a" in capsys.readouterr().out
+
+    def test_what_goes_on_by_itself_is_run_again(self, gpu_check, tmp_path):
+        record = gpu_check.Record(tmp_path / "record.json", self.FACTS)
+        statuses = iter(["unfinished", "unfinished", "passed"])
+
+        def runner(step):
+            return gpu_check.Result(next(statuses), 1, "")
+
+        todo = self.steps(gpu_check, "benchmarks")
+        assert gpu_check.go_on(todo, record, 450, runner) == gpu_check.MORE_TO_DO
+        assert gpu_check.go_on(todo, record, None, runner) == 0
+
+    def test_other_sources_or_another_torch_begin_anew(self, gpu_check, tmp_path):
+        path = tmp_path / "record.json"
+        gpu_check.Record(path, self.FACTS).add("a", gpu_check.Result("passed", 1, ""))
+        assert "a" in gpu_check.Record(path, self.FACTS).results
+        for changed in ({"sources": "abd"}, {"torch": "2.14.0"}):
+            assert not gpu_check.Record(path, {**self.FACTS, **changed}).results
 
     def test_without_a_gpu_nothing_is_said_to_be_checked(self):
-        done = self.run()
+        command = [sys.executable, str(REPOSITORY / "scripts" / "gpu_check.py")]
+        environment = {**os.environ, "CUDA_VISIBLE_DEVICES": ""}
+        done = subprocess.run(command, capture_output=True, text=True, env=environment)
         assert done.returncode == 77
         assert "nothing was checked" in done.stderr
+
+    def test_it_runs_every_kernel(self):
+        """The names of the operators that scripts/gpu_every_kernel.py calls."""
+        text = (REPOSITORY / "scripts" / "gpu_every_kernel.py").read_text()
+        compiled = load_script("check_cuda_compile").OPERATORS
+        called = {"distance", "distance_map"}  # through functional, with their backward operators
+        for name in {n.removesuffix("_backward") for n in compiled}:
+            assert name in called or f".{name}(" in text or f".{name}_backward(" in text, name
+
+
+class TestBuild:
+    """setup.py with a toolkit that is played: what it builds for, and what it says."""
+
+    @pytest.fixture
+    def build(self, monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
+        import setuptools
+
+        monkeypatch.setattr(setuptools, "setup", lambda **_: None)
+        monkeypatch.setenv("LPIPS_FAST_CUDA", "0")
+        return runpy.run_path(str(REPOSITORY / "setup.py"))
+
+    @pytest.fixture
+    def toolkit(self, tmp_path: Path) -> Path:
+        nvcc = tmp_path / "bin" / "nvcc"
+        nvcc.parent.mkdir()
+        nvcc.write_text(
+            "#!/bin/sh\n"
+            'case "$1" in\n'
+            "  --version) echo 'Cuda compilation tools, release 12.4, V12.4.131' ;;\n"
+            "  --list-gpu-arch) echo 'compute_70\ncompute_75\ncompute_80\ncompute_90' ;;\n"
+            "esac\n"
+        )
+        nvcc.chmod(0o755)
+        return tmp_path
+
+    def test_an_older_toolkit_builds_what_it_knows(self, build, toolkit, monkeypatch):
+        monkeypatch.delenv("TORCH_CUDA_ARCH_LIST", raising=False)
+        assert build["nvcc_version"](toolkit) == "12.4"
+        assert build["architectures"](toolkit) == "7.5;8.0;9.0+PTX"
+        flags = build["gencode_flags"]("7.5;8.0;9.0+PTX")
+        assert flags[-2:] == [
+            "-gencode=arch=compute_90,code=sm_90",
+            "-gencode=arch=compute_90,code=compute_90",
+        ]
+
+    def test_architectures_that_are_asked_for(self, build, toolkit, monkeypatch):
+        monkeypatch.setenv("TORCH_CUDA_ARCH_LIST", "7.0 8.0+PTX")
+        assert build["architectures"](toolkit) == "7.0 8.0+PTX"
+        monkeypatch.setenv("TORCH_CUDA_ARCH_LIST", "8.0;12.0+PTX")
+        with pytest.raises(SystemExit, match=r"12\.0\+PTX, for which nvcc 12\.4 does not build"):
+            build["architectures"](toolkit)
+
+    def test_versions_that_do_not_meet(self, build):
+        faults = build["version_faults"]
+        assert faults("13.0", "13.0", (13, 0)) == faults("12.8", "13.0", (13, 1)) == []
+        assert faults("13.0", None, None) == faults("13.1", "13.0", (13, 0)) == []
+        (torchs,) = faults("13.0", "12.6", (13, 0))
+        assert "nvcc 13.0" in torchs and "CUDA 12.6" in torchs
+        (drivers,) = faults("13.0", "13.0", (12, 4))
+        assert "driver supports CUDA 12.4" in drivers
+        assert len(faults("13.0", "12.6", (12, 4))) == 2

@@ -7,6 +7,7 @@ torch or float64. What a GPU alone can show is left to tests/kernels/test_cuda.p
 from __future__ import annotations
 
 import ctypes
+import itertools
 import mmap
 from collections.abc import Iterator, Sequence
 from typing import Any
@@ -21,7 +22,7 @@ from cuda_emulation import (
     STRIDED,
     THREAD_ORDERS,
     EmulatedLibrary,
-    build_library,
+    emulation_library,
     fresh_seed,
     strided,
 )
@@ -70,7 +71,12 @@ class Emulator(EmulatedLibrary):
         return self.call("run_bias_relu", y.dtype, y, bias, n * h * w, c)
 
     def scale_images(
-        self, batches: Sequence[Tensor], unit_range: bool, dtype: torch.dtype, skew: int = 0
+        self,
+        batches: Sequence[Tensor],
+        unit_range: bool,
+        dtype: torch.dtype,
+        skew: int = 0,
+        flags: Tensor | None = None,
     ) -> Tensor:
         """One batch behind the other, as csrc/cuda/scale_images_cuda.cu launches them.
 
@@ -78,15 +84,17 @@ class Emulator(EmulatedLibrary):
         """
         n, (_, _, h, w) = sum(map(len, batches)), batches[0].shape
         flat = self.empty((n * h * w * 3 + skew,), dtype, in_front=bool(skew))[skew:]
-        first = 0
+        first = done = 0
         for images in batches:
             accumulator = composed.accumulator_dtype(images.dtype)
             shift, scale = (self.copy(t.to(accumulator)) for t in (SHIFT, SCALE))
             self.call(
                 *("run_scale_images", images.dtype, dtype, images, (len(images), h, w)),
                 *(images.stride(), shift, scale, unit_range, flat[first:]),
+                0 if flags is None else flags[done:],
             )
             first += images.numel()
+            done += len(images)
         return flat.as_strided((n, 3, h, w), (h * w * 3, 1, w * 3, 3))
 
     def max_pool2d(self, x: Tensor, kernel: int, stride: int, ceil_mode: bool) -> Tensor:
@@ -106,8 +114,8 @@ class Emulator(EmulatedLibrary):
 
 
 @pytest.fixture(scope="session")
-def library(tmp_path_factory: pytest.TempPathFactory) -> Emulator:
-    return Emulator(build_library("run_trunk.cpp", tmp_path_factory.mktemp("emulation")))
+def library() -> Emulator:
+    return Emulator(emulation_library("run_trunk"))
 
 
 @pytest.fixture
@@ -115,6 +123,7 @@ def emulator(library: Emulator) -> Iterator[Emulator]:
     library.thread_order = library.ends = 0
     yield library
     library.release()
+    assert not library.races()
 
 
 def random_images(shape: Sequence[int], dtype: torch.dtype, seed: int) -> Tensor:
@@ -128,6 +137,32 @@ def address_space(size: int) -> mmap.mmap:
         return mmap.mmap(-1, size, flags=flags)
     except (OSError, ValueError, MemoryError):
         pytest.skip(f"no address space for {size >> 30} GiB")
+
+
+# --------------------------------------------------------------------------- races, in every kernel
+
+
+def test_every_kernel_runs_without_a_race(emulator):
+    """Every instantiation, in memory that the race detector watches."""
+    emulator.launched()
+    for dtype in DTYPES:
+        for channels in (32, 7):  # loads of vectors, and of elements
+            x = emulator.copy(
+                random_images((2, channels, 9, 11), dtype, fresh_seed()), CHANNELS_LAST
+            )
+            emulator.bias_relu_(x, emulator.copy(x[0, :, 0, 0]))
+            for kernel in (2, 3, 4):
+                y = emulator.max_pool2d(x, kernel, 2, True)
+                emulator.max_pool2d_backward(y, x, y, kernel, 2)
+        for order, result in itertools.product((CHANNELS_LAST, CHANNELS_FIRST), DTYPES):
+            images = emulator.copy(random_images((2, 3, 6, 32), dtype, fresh_seed()), order)
+            images[:, :, 2] = torch.nan
+            flags = emulator.copy(torch.zeros(2))
+            emulator.scale_images([images], True, result, flags=flags)
+            emulator.scale_images([images[..., 1:]], False, result, flags=flags)
+        emulator.release()
+    assert emulator.launched() == set(emulator.kernels.values())
+    assert not emulator.races()
 
 
 # --------------------------------------------------------------------------------- bias and ReLU
@@ -295,6 +330,25 @@ class TestScaleImages:
         assert torch.equal(got, torchs_scaling([images], True, result))
 
 
+@pytest.mark.parametrize("order", ORDERS, ids=["channels_last", "channels_first"])
+@pytest.mark.parametrize("result", DTYPES, ids=str)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_scale_images_flags_what_is_not_finite(emulator, dtype, result, order):
+    for size in ((4, 16), (3, 5), (40, 16)):  # rows of vectors, of elements, several blocks
+        for emulator.thread_order in THREAD_ORDERS:
+            images = random_images((5, 3, *size), dtype, fresh_seed())
+            images[1, 2, -1, -1], images[2, 0, 0, 0] = torch.nan, -torch.inf
+            images[3, 1, 1, 2] = torch.finfo(dtype).max  # beyond some results' range
+            batches = [emulator.copy(part, order) for part in images.split([2, 3])]
+            flags = emulator.copy(torch.zeros(5))
+            got = emulator.scale_images(batches, False, result, flags=flags)
+            expected = torchs_scaling(batches, False, result)
+            torch.testing.assert_close(got, expected, rtol=0, atol=0, equal_nan=True)
+            is_finite = expected.isfinite().flatten(1).all(dim=1)
+            assert torch.equal(flags.isnan(), ~is_finite) and not flags[is_finite].any()
+            assert not is_finite[1:3].any() and is_finite[[0, 4]].all()
+
+
 @pytest.mark.parametrize("result", DTYPES, ids=str)
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_scale_images_reads_vectors_where_it_can(emulator, dtype, result):
@@ -347,7 +401,7 @@ def test_scale_images_beyond_32_bits(emulator, far):
         emulator.ends = 4
         emulator.call(
             *("run_scale_images", torch.float16, torch.float16, images, (1, 1, width)),
-            *(images.stride(), SHIFT, SCALE, False, result),
+            *(images.stride(), SHIFT, SCALE, False, result, 0),
         )
         got = result.as_strided(images.shape, (3 * width, 1, 3 * width, 3))
         for end in ends:

@@ -5,42 +5,46 @@ What a GPU alone can show (that cuDNN has the engines, and speed) is in tests/ke
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Iterator
-from types import SimpleNamespace
 
 import pytest
 import torch
 from parity import image_pair, trunk_weights
-from torch import Tensor, nn
+from torch import Tensor
 
 import lpips_fast
 from lpips_fast import kernels
 from lpips_fast.trunk import cuda_convolution, fire, slices
 from lpips_fast.trunk.convolution import Convolution
-from lpips_fast.trunk.cuda_convolution import WITHOUT_ENGINE, convolve, input_gradient
-from lpips_fast.trunk.legality import device_fault
+from lpips_fast.trunk.cuda_convolution import CHOICES, convolve, describe_choices
 
-CONVOLUTIONS = [
-    {"in_channels": 3, "out_channels": 64, "kernel_size": 11, "stride": 4, "padding": 2},
-    {"in_channels": 3, "out_channels": 16, "kernel_size": 3, "stride": 2},
-    {"in_channels": 33, "out_channels": 65, "kernel_size": 3, "padding": 1},
-    {"in_channels": 64, "out_channels": 16, "kernel_size": 1},
+SHAPES = [  # in, out, kernel, stride, padding
+    (3, 64, 11, 4, 2),
+    (3, 16, 3, 2, 0),
+    (33, 65, 3, 1, 1),
+    (64, 16, 1, 1, 0),
 ]
+NO_ENGINE = RuntimeError("GET was unable to find an engine to execute this computation")
 
 
 class Device:
-    """Plays cuDNN and our kernel: counts their calls, and refuses what it is told to."""
+    """Plays cuDNN and our kernel: counts their calls, and does with them what it is told to."""
 
     def __init__(self) -> None:
         self.fused = self.two_passes = 0
         self.refusal: Exception | None = None
+        self.reads_operand = False  # an engine that multiplies unwritten memory by 0
+        self.seconds = [1.0, 2.0]  # of the fused call, of the two passes
+        self.is_capturing = False
+        self.poisoned: list[torch.Size] = []  # memory that was filled with NaN and let go of
 
     def cudnn_convolution_relu(self, x, weight, bias, stride, padding, dilation, groups) -> Tensor:
         self.fused += 1
         if self.refusal is not None:
             raise self.refusal
         y = torch.conv2d(x, weight, bias, stride, padding, dilation, groups)
+        if self.reads_operand and y.shape in self.poisoned:
+            y = y + torch.nan
         return torch.where(y > 0, y, torch.zeros_like(y))  # NaN is lost
 
     def bias_relu_(self, y: Tensor, bias: Tensor) -> None:
@@ -48,12 +52,36 @@ class Device:
         self.two_passes += 1
         y.add_(bias.view(1, -1, 1, 1)).relu_()
 
+    def seconds_in_turn(self, calls) -> list[float]:
+        assert len(calls) == 2
+        return self.seconds
+
+    def calls(self) -> tuple[int, int]:
+        """Fused calls and pairs of passes since it was asked last."""
+        counts = self.fused, self.two_passes
+        self.fused = self.two_passes = 0
+        return counts
+
+
+FUSED, TWO_PASSES = (1, 0), (0, 1)
+TRIAL = (1, 1)  # and with the call itself:
+TRIAL_THEN_FUSED, TRIAL_THEN_TWO_PASSES = (2, 1), (1, 2)
+
 
 @pytest.fixture
 def device(monkeypatch: pytest.MonkeyPatch) -> Iterator[Device]:
     played = Device()
+    poison = cuda_convolution._leave_nan_in_free_memory
+
+    def leave_nan(like: Tensor) -> None:
+        poison(like)
+        played.poisoned.append(like.shape)
+
     monkeypatch.setattr(torch.backends.cudnn, "is_available", lambda: True)
-    WITHOUT_ENGINE.clear()
+    monkeypatch.setattr(cuda_convolution, "_seconds_in_turn", played.seconds_in_turn)
+    monkeypatch.setattr(cuda_convolution, "_is_capturing", lambda: played.is_capturing)
+    monkeypatch.setattr(cuda_convolution, "_leave_nan_in_free_memory", leave_nan)
+    cuda_convolution.forget_choices()
     with (
         torch.library._scoped_library("aten", "IMPL") as aten,
         torch.library._scoped_library("lpips_fast", "IMPL") as ours,
@@ -61,128 +89,240 @@ def device(monkeypatch: pytest.MonkeyPatch) -> Iterator[Device]:
         aten.impl("cudnn_convolution_relu", played.cudnn_convolution_relu, "CPU")
         ours.impl("bias_relu_", played.bias_relu_, "CPU")
         yield played
-    WITHOUT_ENGINE.clear()
+    cuda_convolution.forget_choices()
 
 
-@pytest.fixture
-def played_trunk(device: Device, monkeypatch: pytest.MonkeyPatch) -> Device:
-    """Has slices that run by hand take the way of CUDA."""
-    of_cuda = slices._convolutions
-
-    def convolutions(layers, parameters, x):
-        return of_cuda(layers, parameters, SimpleNamespace(is_cuda=True, dtype=x.dtype))
-
-    monkeypatch.setattr(slices, "_convolutions", convolutions)
-    monkeypatch.setattr(slices, "_backend", lambda x: cuda_convolution)
-    monkeypatch.setattr(fire, "has_border", lambda x: False)
-    return device
+def frozen(
+    in_channels=8, out_channels=4, kernel=3, stride=1, padding=0, dtype=torch.float32
+) -> Convolution:
+    weight = torch.randn(out_channels, in_channels, kernel, kernel) / (in_channels * kernel**2)
+    weight = weight.to(dtype, memory_format=torch.channels_last)
+    bias = 0.1 * torch.randn(out_channels).to(dtype)
+    return Convolution(weight, bias, stride, padding, None)  # type: ignore[arg-type]
 
 
-def frozen(**options) -> nn.Conv2d:
-    return nn.Conv2d(**options).requires_grad_(False)
-
-
-def of(conv: nn.Conv2d) -> Convolution:
-    """As a slice hands it on: weights channels-last, nothing packed."""
-    weight = conv.weight.contiguous(memory_format=torch.channels_last)
-    return Convolution(weight, conv.bias, conv.stride[0], conv.padding[0], None)
-
-
-def image(conv: nn.Conv2d, shape=(2, 19, 23), dtype=torch.float32) -> Tensor:
-    x = torch.randn(shape[0], conv.in_channels, *shape[1:], dtype=dtype)
+def image(conv: Convolution, shape=(2, 19, 23)) -> Tensor:
+    x = torch.randn(shape[0], conv.in_channels, *shape[1:], dtype=conv.weight.dtype)
     return x.contiguous(memory_format=torch.channels_last)
+
+
+def exact(conv: Convolution, x: Tensor) -> Tensor:
+    weight, bias = conv.weight.double(), conv.bias.double()
+    return torch.conv2d(x.double(), weight, bias, conv.stride, conv.padding)
 
 
 def error(result: Tensor, expected: Tensor) -> float:
     return ((result.double() - expected).norm() / expected.norm()).item()
 
 
-@pytest.mark.parametrize("options", CONVOLUTIONS, ids=str)
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
 @pytest.mark.parametrize("way", ["fused", "no engine", "keep_nan"])
-def test_value(device, options, way):
+def test_value_and_image_gradient(device, shape, way):
     if way == "no engine":
-        device.refusal = RuntimeError("GET was unable to find an engine")
-    conv = frozen(**options)
+        device.refusal = NO_ENGINE
+    conv = frozen(*shape)
     x = image(conv)
-    y = convolve(of(conv), x, keep_nan=way == "keep_nan")
-    assert (device.fused, device.two_passes) == {
-        "fused": (1, 0),
-        "no engine": (1, 1),
-        "keep_nan": (0, 1),
-    }[way]
-    assert error(y, copy.deepcopy(conv).double()(x.double()).relu()) < 1e-6
-    assert torch.equal(convolve(of(conv), x, keep_nan=way == "keep_nan"), y)
+    y = convolve(conv, x, keep_nan=way == "keep_nan")
+    assert (
+        device.calls()
+        == {
+            "fused": TRIAL_THEN_FUSED,
+            "no engine": TRIAL_THEN_TWO_PASSES,
+            "keep_nan": TWO_PASSES,
+        }[way]
+    )
+    assert error(y, exact(conv, x).relu()) < 1e-6
+    assert torch.equal(convolve(conv, x, keep_nan=way == "keep_nan"), y)
+    grad = torch.randn_like(y)
+    leaf = x.double().requires_grad_()
+    (expected,) = torch.autograd.grad(exact(conv, leaf), leaf, grad.double())
+    add = torch.randn_like(x)
+    got = cuda_convolution.input_gradient(conv, grad, x)
+    assert error(got, expected) < 1e-5
+    got = cuda_convolution.input_gradient(conv, grad, x, through_relu=True, add=add)
+    assert error(got, (expected + add) * (x > 0)) < 1e-5
 
 
-@pytest.mark.parametrize("options", CONVOLUTIONS, ids=str)
-@pytest.mark.parametrize("through_relu", [False, True])
-@pytest.mark.parametrize("has_addend", [False, True])
-def test_image_gradient(options, through_relu, has_addend):
-    conv = frozen(**options)
-    x = image(conv).relu()
-    x64 = x.double().requires_grad_()
-    y64 = copy.deepcopy(conv).double()(x64)
-    grad = torch.randn_like(y64, dtype=torch.float32)
-    add = torch.randn_like(x) if has_addend else None
-    (expected,) = torch.autograd.grad(y64, x64, grad.double())
-    if add is not None:
-        expected = expected + add.double()
-    if through_relu:
-        expected = expected * (x > 0)
-    assert error(input_gradient(of(conv), grad, x, through_relu, add), expected) < 1e-5
+class TestTrial:
+    def test_the_faster_way_is_kept_for_the_shape(self, device):
+        conv = frozen()
+        for seconds, first, later in (
+            ([1.0, 2.0], TRIAL_THEN_FUSED, FUSED),
+            ([2.0, 1.0], TRIAL_THEN_TWO_PASSES, TWO_PASSES),
+        ):
+            cuda_convolution.forget_choices()
+            device.seconds = seconds
+            x = image(conv)
+            convolve(conv, x)
+            assert device.calls() == first
+            device.seconds = seconds[::-1]  # it is not measured again
+            for _ in range(3):
+                convolve(conv, image(conv))
+                assert device.calls() == later
+            convolve(conv, image(conv, (1, 9, 9)))  # another shape is
+            assert device.calls() != later
 
+    def test_an_engine_that_reads_unwritten_memory_is_seen(self, device):
+        device.reads_operand = True
+        conv = frozen()
+        x = image(conv)
+        y = convolve(conv, x)
+        assert device.calls() == TRIAL_THEN_TWO_PASSES
+        assert error(y, exact(conv, x).relu()) < 1e-6
+        (choice,) = CHOICES.values()
+        assert choice == (False, "cuDNN's result is wrong")
 
-class TestWithoutAnEngine:
-    def test_it_is_asked_once_for_a_layer(self, device):
-        device.refusal = RuntimeError("GET was unable to find an engine")
-        first = frozen(in_channels=8, out_channels=4, kernel_size=3)
-        second = frozen(in_channels=8, out_channels=4, kernel_size=3, stride=2)
-        for _ in range(3):
-            for size in ((1, 9, 9), (2, 12, 7)):
-                x = image(first, size)
-                torch.testing.assert_close(convolve(of(first), x), first(x).relu())
-        assert (device.fused, device.two_passes) == (1, 6)
-        convolve(of(second), image(second))
-        assert (device.fused, device.two_passes) == (2, 7)
-        convolve(of(first.bfloat16()), image(first, dtype=torch.bfloat16))
-        assert (device.fused, device.two_passes) == (3, 8)
-        device.refusal = None
-        convolve(of(first), image(first, dtype=torch.bfloat16))
-        assert (device.fused, device.two_passes) == (3, 9)
+    @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16], ids=str)
+    def test_rounding_is_no_disagreement(self, device, dtype):
+        conv = frozen(64, 64, dtype=dtype)
+        y = cuda_convolution._in_two_passes(conv, image(conv))
+        for close in (1 + torch.finfo(dtype).eps, 1 + 4 * torch.finfo(dtype).eps):
+            assert cuda_convolution._agree(y * close, y)
+        for wrong in (torch.zeros_like(y), y + torch.nan, y.flip(0)):
+            assert not cuda_convolution._agree(wrong, y)
 
-    def test_tf32_is_asked_for_apart(self, device):
-        conv = frozen(in_channels=8, out_channels=4, kernel_size=3)
-        device.refusal = RuntimeError("GET was unable to find an engine")
+    def test_the_choice_does_not_depend_on_the_images(self, device):
+        """Nor does the trial touch the random numbers of others."""
+        conv = frozen()
+        before = torch.random.get_rng_state()
+        convolve(conv, torch.full_like(image(conv), torch.nan))
+        (choice,) = CHOICES.values()
+        assert choice.fused
+        image(conv)
+        torch.random.set_rng_state(before)
+        first = torch.rand(3)
+        torch.random.set_rng_state(before)
+        cuda_convolution.forget_choices()
+        convolve(conv, torch.zeros(2, 8, 9, 9).contiguous(memory_format=torch.channels_last))
+        assert torch.equal(torch.rand(3), first)
+
+    def test_layers_are_tried_apart(self, device):
+        x = image(frozen())
         with torch.backends.cudnn.flags(enabled=True, allow_tf32=False):
-            convolve(of(conv), image(conv))
-        device.refusal = None
+            for conv in (frozen(), frozen(stride=2), frozen(padding=1), frozen(out_channels=5)):
+                convolve(conv, x)
+                assert device.calls() == TRIAL_THEN_FUSED
+            convolve(frozen(), x)  # other weights of the same shape
+            assert device.calls() == FUSED
         with torch.backends.cudnn.flags(enabled=True, allow_tf32=True):
-            convolve(of(conv), image(conv))
-        assert (device.fused, device.two_passes) == (2, 1)
+            convolve(frozen(), x)
+            assert device.calls() == TRIAL_THEN_FUSED
+            half = frozen(dtype=torch.bfloat16)
+            convolve(half, image(half))
+            assert device.calls() == TRIAL_THEN_FUSED
 
-    def test_short_memory_is_no_missing_engine(self, device):
-        conv = frozen(in_channels=8, out_channels=4, kernel_size=3)
+    def test_ever_other_sizes_are_not_tried(self, device, monkeypatch):
+        monkeypatch.setattr(cuda_convolution, "MOST_SHAPES", 2)
+        conv = frozen()
+        for side in (8, 9):
+            convolve(conv, image(conv, (1, side, side)))
+            assert device.calls() == TRIAL_THEN_FUSED
+        for side in (10, 11, 10):
+            convolve(conv, image(conv, (1, side, side)))
+            assert device.calls() == TWO_PASSES
+        convolve(conv, image(conv, (1, 8, 8)))
+        assert device.calls() == FUSED
+
+    def test_not_while_a_graph_is_captured(self, device):
+        conv = frozen()
+        device.is_capturing = True
+        convolve(conv, image(conv))
+        assert device.calls() == TWO_PASSES and not CHOICES
+        device.is_capturing = False
+        convolve(conv, image(conv))
+        assert device.calls() == TRIAL_THEN_FUSED
+        device.is_capturing = True
+        convolve(conv, image(conv))
+        assert device.calls() == FUSED
+
+    def test_what_was_chosen_can_be_read(self, device):
+        conv = frozen()
+        convolve(conv, image(conv))
+        device.refusal = NO_ENGINE
+        convolve(conv, image(conv, (1, 9, 9)))
+        fused, two = describe_choices()
+        assert fused == (
+            "4×8×3×3, stride 1, of 2×8×19×23 float32: fused "
+            "(fused 1000000.0 µs, two passes 2000000.0 µs)"
+        )
+        assert two == "4×8×3×3, stride 1, of 1×8×9×9 float32: two passes (cuDNN has no engine)"
+
+
+class TestErrors:
+    @pytest.mark.parametrize("words", [str(NO_ENGINE), "cuDNN error: CUDNN_STATUS_NOT_SUPPORTED"])
+    def test_a_missing_engine_is_remembered(self, device, words):
+        device.refusal = RuntimeError(words)
+        conv = frozen()
+        convolve(conv, image(conv))
+        assert device.calls() == TRIAL_THEN_TWO_PASSES
+        device.refusal = None
+        convolve(conv, image(conv))
+        assert device.calls() == TWO_PASSES
+
+    def test_an_error_that_passes_is_not(self, device):
+        conv = frozen()
+        x = image(conv)
+        device.refusal = RuntimeError("cuDNN error: CUDNN_STATUS_INTERNAL_ERROR")
+        assert error(convolve(conv, x), exact(conv, x).relu()) < 1e-6
+        assert device.calls() == TRIAL_THEN_TWO_PASSES and not CHOICES
+        device.refusal = None
+        convolve(conv, x)
+        assert device.calls() == TRIAL_THEN_FUSED
+
+    def test_an_error_that_stays_is(self, device):
+        conv = frozen()
+        device.refusal = RuntimeError("cuDNN error: CUDNN_STATUS_INTERNAL_ERROR\nmore of it")
+        for _ in range(3):
+            convolve(conv, image(conv))
+            assert device.calls() == TRIAL_THEN_TWO_PASSES
+        convolve(conv, image(conv))
+        assert device.calls() == TWO_PASSES
+        (line,) = describe_choices()
+        assert line.endswith(
+            "two passes (failed 3 times: cuDNN error: CUDNN_STATUS_INTERNAL_ERROR)"
+        )
+
+    def test_an_error_after_the_trial_has_it_tried_again(self, device):
+        conv = frozen()
+        x = image(conv)
+        convolve(conv, x)
+        device.calls()
+        device.refusal = RuntimeError("cuDNN error: CUDNN_STATUS_ALLOC_FAILED")
+        assert error(convolve(conv, x), exact(conv, x).relu()) < 1e-6
+        assert device.calls() == (1, 1) and not CHOICES
+        device.refusal = None
+        convolve(conv, x)
+        assert device.calls() == TRIAL_THEN_FUSED
+
+    def test_short_memory_in_the_trial_is_no_choice(self, device):
+        conv = frozen()
         device.refusal = torch.OutOfMemoryError("CUDA out of memory")
-        with pytest.raises(torch.OutOfMemoryError):
-            convolve(of(conv), image(conv))
-        assert not WITHOUT_ENGINE and device.two_passes == 0
+        convolve(conv, image(conv))
+        assert device.calls() == TRIAL_THEN_TWO_PASSES and not CHOICES
+        device.refusal = None
+        convolve(conv, image(conv))
+        device.refusal = torch.OutOfMemoryError("CUDA out of memory")
+        with pytest.raises(torch.OutOfMemoryError):  # halves batches, further up
+            convolve(conv, image(conv))
+        assert CHOICES
 
-    def test_wrong_arguments_are_no_missing_engine(self, device):
-        conv = frozen(in_channels=8, out_channels=4, kernel_size=3)
+    def test_wrong_arguments_are_told(self, device):
         device.refusal = RuntimeError("cuDNN error")
         with pytest.raises(RuntimeError, match=r"expected input.* to have 8 channels"):
-            convolve(of(conv), torch.randn(1, 5, 9, 9))
-        assert not WITHOUT_ENGINE
+            for _ in range(4):
+                convolve(frozen(), torch.randn(1, 5, 9, 9))
+        assert device.fused == 0
 
 
 class TestWhereFusingIsNotWanted:
     def way(self, device, conv) -> str:
-        device.fused = device.two_passes = 0
-        convolve(of(conv), image(conv))
-        return {(1, 0): "fused", (0, 1): "two passes"}[device.fused, device.two_passes]
+        cuda_convolution.forget_choices()
+        device.calls()
+        convolve(conv, image(conv))
+        return {TRIAL_THEN_FUSED: "fused", TWO_PASSES: "two passes"}[device.calls()]
 
     def test_deterministic_algorithms(self, device, poisoned):
-        conv = frozen(in_channels=8, out_channels=4, kernel_size=3)
+        conv = frozen()
         assert self.way(device, conv) == "two passes"
         torch.use_deterministic_algorithms(False)
         assert self.way(device, conv) == "fused"
@@ -190,7 +330,7 @@ class TestWhereFusingIsNotWanted:
             assert self.way(device, conv) == "two passes"
 
     def test_cudnn_disabled_or_absent(self, device, monkeypatch):
-        conv = frozen(in_channels=8, out_channels=4, kernel_size=3)
+        conv = frozen()
         with torch.backends.cudnn.flags(enabled=False):
             assert self.way(device, conv) == "two passes"
         assert self.way(device, conv) == "fused"
@@ -198,94 +338,67 @@ class TestWhereFusingIsNotWanted:
         assert self.way(device, conv) == "two passes"
 
     def test_more_elements_than_32_bits_count(self, device):
-        conv = frozen(in_channels=3, out_channels=64, kernel_size=3, padding=1)
+        conv = frozen(3, 64, padding=1)
         for side, fits in ((1024, True), (8192, False)):  # 64 * 8192^2 = 2^32
             x = torch.empty(1, 3, side, side, device="meta")
-            assert cuda_convolution._cudnn_may_fuse(of(conv), x) is fits
+            assert cuda_convolution._cudnn_may_fuse(conv, x) is fits
 
     def test_nan_comes_through(self, device):
-        conv = frozen(in_channels=3, out_channels=8, kernel_size=3)
+        conv = frozen(3, 8)
         x = image(conv)
         x[0, 1, 4, 4] = torch.nan
-        assert convolve(of(conv), x, keep_nan=True).isnan().any()
-        assert not convolve(of(conv), x).isnan().any()  # as this cuDNN has it
+        assert convolve(conv, x, keep_nan=True).isnan().any()
+        assert not convolve(conv, x).isnan().any()  # as this cuDNN has it
 
     def test_results_of_another_order(self, device, monkeypatch):
         """torch's convolution without cuDNN returns NCHW, which our kernel does not take."""
-        conv = frozen(in_channels=3, out_channels=8, kernel_size=3)
+        conv = frozen(3, 8)
         plain = torch.conv2d
         monkeypatch.setattr(
             "torch.nn.functional.conv2d", lambda *arguments: plain(*arguments).contiguous()
         )
         x = image(conv)
-        torch.testing.assert_close(convolve(of(conv), x, keep_nan=True), conv(x).relu())
+        assert error(convolve(conv, x, keep_nan=True), exact(conv, x).relu()) < 1e-6
         assert device.two_passes == 0
-
-
-class TestDtypes:
-    @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
-    def test_weights_come_in_the_images_dtype_and_channels_last(self, dtype):
-        """Autocast leaves the weights as they are, and cuDNN wants one dtype."""
-        layers = slices.slice_layers("squeeze", 2)
-        weights = [p for k, p in trunk_weights("squeeze").items() if k.startswith("features.3.")]
-        x = SimpleNamespace(is_cuda=True, dtype=dtype)
-        pool, convolutions, *_ = slices._convolutions(layers, weights * 2, x)
-        assert pool == [] and [conv.padding for conv in convolutions] == [0, 0, 1]
-        for conv, weight, bias in zip(convolutions, weights[::2], weights[1::2]):
-            assert conv.weight.is_contiguous(memory_format=torch.channels_last)
-            assert torch.equal(conv.weight, weight.to(dtype))
-            assert torch.equal(conv.bias, bias.to(dtype))
-
-    def test_what_is_left_to_torch(self, monkeypatch):
-        monkeypatch.setattr(kernels.dispatch, "LOADED_LIBRARIES", ["_cpu_default", "_cuda"])
-        cuda = torch.device("cuda")
-        for dtype in cuda_convolution.DTYPES:
-            assert device_fault(cuda, dtype) is None
-        assert "torch.float64 on CUDA" in str(device_fault(cuda, torch.float64))
 
 
 @pytest.mark.parametrize("net", ["alex", "squeeze"])
 @pytest.mark.parametrize("engine", [True, False])
-def test_whole_model(played_trunk, net, engine):
+def test_whole_model(device, net, engine, monkeypatch):
     """Value and gradient as by torch's own operators."""
     if not engine:
-        played_trunk.refusal = RuntimeError("GET was unable to find an engine")
+        device.refusal = NO_ENGINE
     model = lpips_fast.LPIPS(net=net, weights=trunk_weights(net), verbose=False)
-    by_modules = copy.deepcopy(model)
-    for block in by_modules.net.slices():
-        block.register_forward_hook(lambda *_: None)
     outcomes = []
-    for each in (model, by_modules):
-        played_trunk.fused = played_trunk.two_passes = 0
+    for served in (True, False):
+        if served:
+            monkeypatch.setattr(slices, "_backend", lambda x: cuda_convolution)
+            monkeypatch.setattr(fire, "has_border", lambda x: False)
+        else:
+            monkeypatch.setattr(kernels, "is_eager", lambda: False)
         in0, in1 = image_pair(2, 67, 83, torch.float32, seed=0)
         in0.requires_grad_()
-        value = each(in0, in1)
+        value = model(in0, in1)
         (grad,) = torch.autograd.grad(value.sum(), in0)
         outcomes.append((value, grad))
-        by_hand = each is model
-        assert (played_trunk.fused > 0 and played_trunk.two_passes > 0) is by_hand
+        if served:
+            assert device.fused > 0 and device.two_passes > 0
+            assert all(choice.fused is engine for choice in CHOICES.values())
     (value, grad), (expected, expected_grad) = outcomes
     assert error(value, expected.double()) < 1e-5
     assert error(grad, expected_grad.double()) < 1e-4
 
 
-class TestSwitch:
-    def test_off_in_the_environment(self, run_python):
-        code = """
-            import torch
-            from lpips_fast import kernels
-            kernels.LOADED_LIBRARIES.append("_cuda")
-            print(*(kernels.has_trunk_kernels(torch.device(d)) for d in ("cpu", "cuda", "meta")))
-            print(kernels.has_kernel(torch.device("cuda")))
-        """
-        assert run_python(code, LPIPS_FAST_CUDA_TRUNK="0").split() == [
-            *("True", "False", "False", "True")
-        ]
-        assert run_python(code, LPIPS_FAST_CUDA_TRUNK="1").split() == [
-            *("True", "True", "False", "True")
-        ]
-
-    def test_without_our_library_all_is_torchs(self, monkeypatch):
-        monkeypatch.setattr(kernels.dispatch, "LOADED_LIBRARIES", ["_cpu_default"])
-        assert not kernels.has_trunk_kernels(torch.device("cuda"))
-        assert not kernels.has_kernel(torch.device("cuda"))
+def test_off_in_the_environment(run_python):
+    code = """
+        import torch
+        from lpips_fast import kernels
+        class Everywhere:
+            def run_on(self, device): return True
+        kernels.dispatch.CUDA_KERNELS = Everywhere()
+        print(*(kernels.has_trunk_kernels(torch.device(d)) for d in ("cpu", "cuda", "meta")))
+        print(kernels.has_kernel(torch.device("cuda")))
+    """
+    for switch, on_cuda in (("0", "False"), ("1", "True")):
+        printed = run_python(code, LPIPS_FAST_CUDA_TRUNK=switch).split()
+        assert printed == ["True", on_cuda, "False", "True"]

@@ -185,7 +185,8 @@ def test_model_path_is_preferred_to_what_lies_beside_the_trunk(
         model_path=tmp_path / "lin.pth",
         verbose=False,
     )
-    assert torch.equal(model.lin0.weight, load_lin_weights(NET, "0.0")["lin0.model.1.weight"])
+    lin = load_lin_weights(NET, "0.0")["lin0.model.1.weight"]
+    assert torch.equal(model.lin0.model[-1].weight, lin)
     assert torch.equal(model.net.slice1[0].weight, learned.net.slice1[0].weight)
 
 
