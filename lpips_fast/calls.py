@@ -31,7 +31,7 @@ from .trunk.legality import (
     module_fault,
     own_fault,
 )
-from .trunk.table import IMAGECHANNELS
+from .trunk.table import IMAGE_CHANNELS
 
 if TYPE_CHECKING:
     from .lpips import LPIPS
@@ -211,7 +211,7 @@ def scaling_fault(layer: nn.Module) -> Fault | None:
     if fault is not None:
         return fault
     for name, buffer in layer._buffers.items():
-        if type(buffer) is not Tensor or buffer.shape != (1, IMAGECHANNELS, 1, 1):
+        if type(buffer) is not Tensor or buffer.shape != (1, IMAGE_CHANNELS, 1, 1):
             return Fault("", f"has a {name} that is not one number a channel, as built")
         if buffer.requires_grad:
             return Fault("", f"has a {name} that learns")

@@ -398,6 +398,60 @@ def test_replaced_weights_do_not_pile_up():
     assert sum(p._storage.expired() for p in packing._PACKED.values()) == 0
 
 
+def test_written_weights_do_not_pile_up():
+    """As a teacher's, whose weights are written at every step of a long training."""
+    model = LPIPS(weights=trunk_weights("alex"), verbose=False)
+    image, target = image_pair(1, 40, 40, torch.float32, 0)
+    counts = []
+    for step in range(30):
+        for parameter in model.net.parameters():
+            parameter.data.mul_(0.999)
+        model(image, target)
+        if step in (9, 29):
+            gc.collect()
+            counts.append((len(packing._PACKED), len(packing._OF_SLICES), len(finalizers())))
+    assert counts[0] == counts[1]
+
+
+def test_replaced_weights_of_a_slice_do_not_pile_up():
+    """Of a slice of several convolutions, whose first stays."""
+    model = LPIPS(net="vgg", weights=trunk_weights("vgg"), verbose=False, layers=(0, 1))
+    image, target = image_pair(1, 20, 20, torch.float32, 0)
+    conv = model.net.slice2[-2]
+    counts = []
+    for step in range(20):
+        conv.weight = nn.Parameter(torch.randn(conv.weight.shape), requires_grad=False)
+        model(image, target)
+        if step in (9, 19):
+            gc.collect()
+            counts.append((len(packing._PACKED), len(packing._OF_SLICES), len(finalizers())))
+    assert counts[0] == counts[1]
+
+
+def finalizers() -> list[Any]:
+    return [f for f in weakref.finalize._registry if f.alive]
+
+
+def test_tensors_are_free_to_be_swapped():
+    """``torch.__future__.set_swap_module_params_on_conversion`` swaps none that has a weak ref."""
+    model = LPIPS(weights=trunk_weights("alex"), verbose=False)
+    image, target = image_pair(1, 64, 64, torch.float32, 0)
+    expected = model(image, target)
+    before = torch.__future__.get_swap_module_params_on_conversion()
+    torch.__future__.set_swap_module_params_on_conversion(True)
+    try:
+        model.double()
+        value = model(image.double(), target.double())
+        model.float()
+        other = LPIPS(weights=trunk_weights("alex", seed=1), verbose=False)
+        assert torch.equal(model(image, target), expected)
+        model.load_state_dict(other.state_dict())
+        assert torch.equal(model(image, target), other(image, target))
+    finally:
+        torch.__future__.set_swap_module_params_on_conversion(before)
+    assert relative(value.float(), expected) < 1e-5
+
+
 def test_packed_copies_are_no_part_of_the_module():
     model = LPIPS(weights=trunk_weights("alex"), verbose=False)
     keys, size = list(model.state_dict()), len(pickle.dumps(model))
