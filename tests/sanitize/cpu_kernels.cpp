@@ -102,9 +102,12 @@ void max_pool() {
         largest = std::max(largest, static_cast<double>(x[(h * s.width + w) * s.channels + c]));
     expect_close(static_cast<double>(y[i]), largest, 0, "max_pool");
   }
+  Exact<int64_t> keys(s.height * s.width);
+  for (int64_t p = 0; p < keys.size(); ++p) keys[p] = integer(0, 3);
+  const int64_t* asked = integer(0, 1) ? keys.data() : nullptr;
   const int64_t middle = integer(0, s.channels);
   for (const auto& [begin, end] : {std::pair(int64_t{0}, middle), std::pair(middle, s.channels)})
-    max_pool_backward(grad.data(), x.data(), y.data(), grad_x.data(), s, begin, end);
+    max_pool_backward(grad.data(), x.data(), y.data(), asked, grad_x.data(), s, begin, end);
   double given = 0, taken = 0;
   for (int64_t i = 0; i < pooled; ++i) given += static_cast<double>(grad[i]);
   for (int64_t i = 0; i < x.size(); ++i) taken += static_cast<double>(grad_x[i]);
@@ -262,9 +265,10 @@ void winograd() {
   for (int64_t t = 0; t < tiles; ++t)
     winograd_transform_input(image.read(), 0, shape, t, inputs.data() + t * depth, tiles * depth);
   for (int64_t k = 0; k < elements * panels; ++k)
-    winograd_multiply_panel(
-        inputs.data() + k / panels * tiles * depth, packed.data() + k * depth * width,
-        products.data() + k / panels * tiles * columns + k % panels * width, tiles, depth, columns);
+    winograd_multiply_panel(inputs.data() + k / panels * tiles * depth,
+                            packed.data() + k * depth * width,
+                            products.data() + k / panels * tiles * columns + k % panels * width,
+                            tiles, depth, blocks, columns);
   for (int64_t t = 0; t < tiles; ++t)
     winograd_transform_output(products.data() + t * columns, tiles * columns, shape, t,
                               epilogue.asked(), results.positions(), 0);
