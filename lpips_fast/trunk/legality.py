@@ -9,7 +9,7 @@ other. Identity does not matter: copies, pickles and moved models are as fast.
 from __future__ import annotations
 
 import functools
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -49,7 +49,7 @@ _HOOKS = (
     "_forward_hooks_always_called",
     "_forward_pre_hooks_with_kwargs",
 )
-_GLOBAL_HOOKS = (
+GLOBAL_HOOKS = (
     "_global_forward_hooks",
     "_global_forward_pre_hooks",
     "_global_backward_hooks",
@@ -182,7 +182,7 @@ def weights_fault(
     parameters: list[Tensor], device: torch.device, dtype: torch.dtype
 ) -> Fault | None:
     """Why weights cannot be used as plain, dense and frozen ones, or None."""
-    if kernels.lie_plainly(parameters, device, dtype, torch.strided):
+    if kernels.lie_plainly(parameters, device, dtype, torch.strided, False):
         return None
     for parameter in parameters:
         if parameter.device != device:
@@ -239,6 +239,41 @@ def fast_slice(
     return FastSlice(net, number, tuple(found)) if fault is None else fault
 
 
+@functools.cache
+def _slices_template(net: str) -> tuple[tuple[Template, ...], tuple[int, ...]]:
+    """Of every slice its template, and how many parameters it has."""
+    templates = tuple(_slice_template(net, k + 1) for k in range(len(trunk_spec(net).taps)))
+    return templates, tuple(_parameters_of(template) for template in templates)
+
+
+def _parameters_of(template: Template) -> int:
+    own = sum(shape is not None for _, shape in template.shapes)
+    return own + sum(_parameters_of(child) for _, child in template.children)
+
+
+def fast_slices(
+    blocks: Sequence[nn.Module], net: str, device: torch.device, dtype: torch.dtype, frozen: bool
+) -> list[FastSlice | Fault]:
+    """:func:`fast_slice` of all slices: in few calls where all are as built, the usual case."""
+    templates, counts = _slices_template(net)
+    found: list[Tensor] = []
+    if all(template.check.matches(block, found) for template, block in zip(templates, blocks)):
+        if kernels.autocast_dtype(device) is not None:
+            dtype = found[0].dtype
+        learns_not = not frozen and torch.is_grad_enabled()
+        if kernels.lie_plainly(found, device, dtype, torch.strided, learns_not):
+            result: list[FastSlice | Fault] = []
+            first = 0
+            for k, count in enumerate(counts, start=1):
+                result.append(FastSlice(net, k, tuple(found[first : first + count])))
+                first += count
+            return result
+    return [
+        fast_slice(block, net, number, device, dtype, frozen)
+        for number, block in enumerate(blocks, start=1)
+    ]
+
+
 # ------------------------------------------------------------------------------------ the call
 
 
@@ -280,7 +315,7 @@ def call_fault(images: Iterable[Tensor], device: torch.device, dtype: torch.dtyp
         type(mode) is not DeviceContext for mode in _get_current_function_mode_stack()
     ):
         return "a TorchFunctionMode is active"
-    if any(getattr(torch_module, name) for name in _GLOBAL_HOOKS):
+    if any(getattr(torch_module, name) for name in GLOBAL_HOOKS):
         return "hooks are registered for all modules"
     if not _FUNCTION_CHECK.unchanged():
         for (owner, name), function in zip(_FUNCTIONS, _AS_IMPORTED):
