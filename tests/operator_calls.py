@@ -16,7 +16,7 @@ OPS = torch.ops.lpips_fast
 FLOATS = [torch.float32, torch.float64, torch.float16, torch.bfloat16]
 ORDERS = [torch.channels_last, torch.contiguous_format]
 
-# The arguments, and what becomes of them.
+# The arguments, and what becomes of them; None where nothing is promised.
 Call = tuple[list[Any], Callable[..., Any]]
 
 
@@ -170,7 +170,9 @@ def of_max_pool2d_backward(draw: Draw) -> Call:
         # or, with keys, the first of the window that has this position's key.
         result = torch.zeros(x.shape, dtype=torch.float64)
         if keys is None:
-            keys = torch.arange(x[0, 0].numel()).reshape(x.shape[2:]).expand(len(x), 1, -1, -1)
+            keys = (
+                torch.arange(x.shape[2] * x.shape[3]).reshape(x.shape[2:]).expand(len(x), 1, -1, -1)
+            )
         keys = keys.repeat_interleave(x.shape[1] // keys.shape[1], dim=1)
         for row in range(y.shape[2]):
             for column in range(y.shape[3]):
@@ -297,16 +299,22 @@ def of_winograd_conv2d(draw: Draw) -> Call:
     bias = draw.numbers(out_channels) if draw.integer(0, 1) else None
     mask, add = (draw.images(*shape, dtype=dtype) if draw.integer(0, 1) else None for _ in range(2))
 
-    def formula(x, packed, bias, relu, mask, out_channels, kernel, stride, padding, add):
+    def formula(x, packed, bias, relu, mask, out_channels, kernel, stride, padding, add, outliers):
+        if not outliers and not (x.abs() <= 1000).all():
+            return None  # a tile's results have the rounding, or the NaN, of all its numbers
         bias = None if bias is None else bias.double()
         y = F.conv2d(x.double(), with_channels(weight, out_channels), bias, stride, padding)
         y = y if add is None else y + add
         y = y.relu() if relu else y
-        return y if mask is None else y * (mask > 0)
+        return y if mask is None else torch.where(mask <= 0, 0, y)
 
     packed = OPS.winograd_pack(in_blocks(weight, stride))
     relu = draw.one_of([False, True])
-    return [x, packed, bias, relu, mask, out_channels, kernel, stride, padding, add], formula
+    geometry = [out_channels, kernel, stride, padding]
+    outliers = draw.one_of([False, True])
+    if outliers and x.numel() > 0:
+        x[:, 0, 0, 0] = draw.one_of([5000.0, torch.nan])
+    return [x, packed, bias, relu, mask, *geometry, add, outliers], formula
 
 
 def of_fire(draw: Draw) -> Call:

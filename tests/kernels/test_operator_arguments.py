@@ -139,6 +139,8 @@ def check(name: str, source: Source) -> None:
         assert all(t.device.type == "meta" for t in flat([*arguments, result]))
         return
     expected = formula(*arguments)
+    if expected is None:
+        return
     for got, right in zip(flat([result]), flat([expected]), strict=True):
         assert got.shape == right.shape, (got.shape, right.shape)
         is_exact = all(t.dtype == torch.float64 for t in flat([*arguments, got]))
