@@ -12,15 +12,17 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 import torch
+import torch.nn.modules.module as torch_module
 from torch import Tensor, nn
 
 from . import kernels
 from .features import Features
-from .linear import NetLinLayer, dropout_rate, drops
+from .linear import NetLinLayer, drops
 from .scaling import ScalingLayer, scaled_batch, scaled_pair
 from .trunk import Trunk, compiled, tap_channels
 from .trunk.detached import call_detached
 from .trunk.legality import (
+    GLOBAL_HOOKS,
     FastSlice,
     Fault,
     Template,
@@ -43,6 +45,7 @@ class Call:
         by_hand: of each slice, what runs it, or why it is called as a module; ``None``: nothing
             may, whatever the modules are.
         scales: whether the scaling layer is as built, so that one kernel stands for it.
+        linear: whether the linear layers are weights a channel, which the kernels take.
         weights: by layer, what stands for its linear weights in this call.
     """
 
@@ -50,6 +53,7 @@ class Call:
     unit_range: bool
     by_hand: list[FastSlice | Fault] | None
     scales: bool
+    linear: bool
     weights: Mapping[int, Tensor] = field(default_factory=dict)
 
     @property
@@ -122,30 +126,58 @@ def prepare_call(model: LPIPS, images: Sequence[Tensor], unit_range: bool) -> Ca
     if call_fault(images, like.device, dtype) is None and trunk_fault(model.net) is None:
         by_hand = model.net.fast_slices(like.device, dtype, model.frozen)
     scales = by_hand is not None and scaling_fault(model.scaling_layer) is None
-    return Call(model, unit_range, by_hand, scales)
+    # Under transforms nothing is asked of the layers: they are called.
+    linear = kernels.has_operators() and lins_are_linear(model)
+    return Call(model, unit_range, by_hand, scales, linear)
 
 
 def _compiled_call(
     model: LPIPS, unit_range: bool, device: torch.device, dtype: torch.dtype
 ) -> Call:
     """Under torch.compile all runs by hand, or nothing: the rest its own compiler fuses."""
+    by_hand = None
+    if device_fault(device, dtype) is None:
+        by_hand = _compiled_slices(model, device, dtype)
+    return Call(model, unit_range, by_hand, by_hand is not None, lins_are_linear(model))
+
+
+def _compiled_slices(
+    model: LPIPS, device: torch.device, dtype: torch.dtype
+) -> list[FastSlice | Fault] | None:
+    """The slices that run, if all is as built, in terms that torch.compile turns into guards."""
     net, scaling = model.net, model.scaling_layer
     if (
-        device_fault(device, dtype) is not None
-        or type(net) is not Trunk
+        type(net) is not Trunk
         or compiled.is_watched(net)
         or type(scaling) is not ScalingLayer
         or compiled.is_watched(scaling)
     ):
-        return Call(model, unit_range, None, False)
+        return None
     expected = dtype if kernels.autocast_dtype(device) is None else like_of(model).dtype
     by_hand = [
         compiled.fast_slice(block, model.net_name, number, device, expected, model.frozen)
         for number, block in enumerate(net.slices()[: model.layers[-1] + 1], start=1)
     ]
-    if not all(isinstance(found, FastSlice) for found in by_hand):
-        return Call(model, unit_range, None, False)
-    return Call(model, unit_range, by_hand, True)
+    return by_hand if all(isinstance(found, FastSlice) for found in by_hand) else None
+
+
+def is_unwatched(model: LPIPS) -> bool:
+    """Whether nobody but a call sees its features and their gradients, whoever computes them.
+
+    All is as built, frozen and without hooks, from the scaling layer to the linear layers.
+    """
+    like = like_of(model)
+    dtype = model.dtype or like.dtype
+    if not lins_are_linear(model):
+        return False
+    if kernels.is_compiling():
+        return _compiled_slices(model, like.device, dtype) is not None
+    if trunk_fault(model.net) is not None or scaling_fault(model.scaling_layer) is not None:
+        return False
+    if any(getattr(torch_module, name) for name in GLOBAL_HOOKS):
+        return False
+    slices = model.net.fast_slices(like.device, dtype)[: model.layers[-1] + 1]
+    return all(isinstance(found, FastSlice) for found in slices)
 
 
 def fast_path(model: LPIPS) -> dict[str, str]:
@@ -165,7 +197,7 @@ def fast_path(model: LPIPS) -> dict[str, str]:
 
 def like_of(model: LPIPS) -> Tensor:
     """A tensor on the model's device, of the dtype that images are scaled in."""
-    shift = getattr(model.scaling_layer, "shift", None)
+    shift = model.scaling_layer._buffers.get("shift")
     return shift if isinstance(shift, Tensor) else next(model.parameters())
 
 
@@ -211,12 +243,21 @@ def _lin_template(channels: int, dropout: float | None) -> Template:
 
 def lin_fault(model: LPIPS, layer: int) -> Fault | None:
     """Why a linear layer is called as a module, instead of the kernels taking its weights."""
-    lin = model.lins[layer]
-    dropout = dropout_rate(lin) if type(lin) is NetLinLayer else None
-    fault = module_fault(lin, _lin_template(model.chns[layer], dropout), [])
-    if fault is None and drops(lin):  # type: ignore[arg-type]
+    lins = model.lins
+    # Not by index, which costs more than the comparison.
+    lin = lins._modules.get(str(layer)) if type(lins) is nn.ModuleList else lins[layer]
+    dropout = _dropout(lin) if type(lin) is NetLinLayer else None
+    rate = None if dropout is None else dropout.p
+    fault = module_fault(lin, _lin_template(model.chns[layer], rate), [])  # type: ignore[arg-type]
+    if fault is None and dropout is not None and dropout.training and rate:
         return Fault("", "drops channels in training mode")
     return fault
+
+
+def _dropout(lin: nn.Module) -> nn.Dropout | None:
+    inner = lin._modules.get("model")
+    first = None if inner is None else next(iter(inner._modules.values()), None)
+    return first if isinstance(first, nn.Dropout) else None
 
 
 def _is_linear(lin: nn.Module) -> bool:

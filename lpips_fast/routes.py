@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from . import composed, functional, gradient_scaling, kernels
-from .calls import Call, lins_are_linear, prepare_call, run, size_of
+from .calls import Call, is_unwatched, like_of, prepare_call, run, size_of
 from .composed import accumulator_dtype
 from .features import Features
 from .inputs import check_same_size, common_batch
@@ -76,31 +76,31 @@ def layer_distances(
 def _scales_gradients(call: Call, *arguments: Tensor | Features) -> bool:
     """Whether gradients are scaled inside (:mod:`lpips_fast.gradient_scaling`).
 
-    A trunk in float16, as built, whose features nobody else has a graph of.
+    Of a trunk in float16, and only where nobody else has a graph of its features.
     """
-    if not torch.is_grad_enabled() or not call.is_as_built or not lins_are_linear(call.model):
+    model = call.model
+    if not torch.is_grad_enabled():
         return False
-    by_hand = call.by_hand[0]  # type: ignore[index]
-    assert isinstance(by_hand, FastSlice)
-    weight = by_hand.parameters[0]
-    if (kernels.autocast_dtype(weight.device) or weight.dtype) != torch.float16:
+    if not any(x.requires_grad for x in arguments if isinstance(x, Tensor)):
         return False
-    if any(isinstance(x, Features) and _needs_graph(call, x) for x in arguments):
+    device, dtype = like_of(model).device, model.dtype or like_of(model).dtype
+    if (kernels.autocast_dtype(device) or dtype) != torch.float16 or not is_unwatched(model):
         return False
-    return any(x.requires_grad for x in arguments if isinstance(x, Tensor))
+    return not any(isinstance(x, Features) and _needs_graph(call, x) for x in arguments)
 
 
 def _with_scaled_gradients(
     call: Call, in0: Tensor | Features, in1: Tensor | Features
 ) -> list[Tensor]:
-    model, pair = call.model, [in0, in1]
+    model = call.model
+    pair: list[Tensor | Features] = [in0, in1]
     learning = {k: model.layer_weight(k) for k in model.layers} if model.lpips else {}
     learning = {k: weight for k, weight in learning.items() if weight.requires_grad}
-    places = [k for k, x in enumerate(pair) if isinstance(x, Tensor) and x.requires_grad]
-    entered, token = gradient_scaling.enter([*(pair[k] for k in places), *learning.values()])  # type: ignore[misc]
-    for k, image in zip(places, entered):
+    images = {k: x for k, x in enumerate(pair) if isinstance(x, Tensor) and x.requires_grad}
+    entered, token = gradient_scaling.enter([*images.values(), *learning.values()])
+    for k, image in zip(images, entered):
         pair[k] = image
-    call = dataclasses.replace(call, weights=dict(zip(learning, entered[len(places) :])))
+    call = dataclasses.replace(call, weights=dict(zip(learning, entered[len(images) :])))
     layers = _layers(call, pair[0], pair[1])
     height, width = size_of(entered[0])
     shapes = tap_shapes(model.net_name, (height, width))
@@ -169,7 +169,7 @@ def _streamed_taps(call: Call, in0: Tensor, in1: Tensor) -> Iterator[tuple[Tenso
 def _to_target(call: Call, image: Tensor | Features, target: Tensor | Features) -> list[Tensor]:
     """An image that wants a gradient, to a target that wants none: one node a slice."""
     model = call.model
-    fused = model.normalization == "l2" and not model.checkpoint and lins_are_linear(model)
+    fused = model.normalization == "l2" and not model.checkpoint and call.linear
     if not isinstance(image, Tensor) or not call.is_as_built or not fused:
         return _encoded(call, image, _without_graph(call, target))
     assert call.by_hand is not None
@@ -248,7 +248,7 @@ def compare(
     layers = model.layers[first : first + len(taps0)]
     eps = composed.EPS
     # Outside our operators shapes may be symbols and tensors wrapped: nothing is asked of them.
-    if model.lpips and not (kernels.has_operators() and lins_are_linear(model)):
+    if model.lpips and not call.linear:
         maps = []
         for k, tap0, tap1 in zip(layers, taps0, taps1):
             normal0, normal1 = (
@@ -265,11 +265,11 @@ def compare(
         return [upsample(m, size) if model.spatial else spatial_average(m) for m in maps]
     pairs = [_broadcast(a, b) for a, b in zip(taps0, taps1)]
     taps0, taps1 = [a for a, _ in pairs], [b for _, b in pairs]
-    options = {"normalization": model.normalization}
+    normalization = model.normalization
     if model.spatial:
-        maps = functional.distance_map(taps0, taps1, weights, **options)
+        maps = functional.distance_map(taps0, taps1, weights, normalization=normalization)
         return [upsample(m, size) for m in maps]
-    distances = functional.distance(taps0, taps1, weights, **options)
+    distances = functional.distance(taps0, taps1, weights, normalization=normalization)
     return [d.view(-1, 1, 1, 1) for d in distances.unbind(dim=1)]
 
 

@@ -8,6 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from . import kernels
+
 
 class ScalingLayer(nn.Module):
     """Takes images from [-1, 1] to the mean and deviation of ImageNet that the trunks expect."""
@@ -44,7 +46,8 @@ def scaled_batch(
         (sum of N_k, 3, H, W).
     """
     shift, scale = _shift_and_scale(layer, version)
-    return torch.ops.lpips_fast.scale_images(list(images), shift, scale, unit_range, dtype)
+    with kernels.below_autograd(*images):
+        return torch.ops.lpips_fast.scale_images(list(images), shift, scale, unit_range, dtype)
 
 
 def scaled_pair(

@@ -20,19 +20,22 @@ from pathlib import Path
 from ..version import __version__
 from . import (
     analyze,
+    argument_types,
     bench,
     dirs,
     evaluate,
     export,
     info,
     map,
+    nearest,
     pair,
     pairwise,
     recommend,
     train,
     weights,
 )
-from .command import PROGRAM, Command, CommandError, sentence, show_warning, tell
+from .command import PROGRAM, Command, CommandError, UsageError, sentence, show_warning, tell
+from .termination import flush_output, terminable
 
 __all__ = ["COMMANDS", "Command", "CommandError", "main"]
 
@@ -41,6 +44,7 @@ COMMANDS: dict[str, Command] = {
     "pair": pair.COMMAND,
     "dirs": dirs.COMMAND,
     "pairwise": pairwise.COMMAND,
+    "nearest": nearest.COMMAND,
     "map": map.COMMAND,
     "analyze": analyze.COMMAND,
     "weights": weights.COMMAND,
@@ -69,20 +73,32 @@ def main(argv: Sequence[str] | None = None) -> int:
         0
     """
     arguments = _name_the_command(sys.argv[1:] if argv is None else list(argv))
-    options = _parser().parse_args(arguments)
+    arguments = argument_types.join_patterns(arguments)
+    parser = _parser()
+    options, rest = parser.parse_known_args(arguments)
+    # argparse takes all folders that stand together, and leaves those behind an option over.
+    if rest and hasattr(options, "folders") and not any(text.startswith("-") for text in rest):
+        options.folders += rest
+    elif rest:
+        parser.error(f"unrecognized arguments: {' '.join(rest)}")
     try:
-        with warnings.catch_warnings():
+        with warnings.catch_warnings(), terminable():
             warnings.showwarning = show_warning
-            COMMANDS[options.command].run(options)
+            try:
+                COMMANDS[options.command].run(options)
+            finally:
+                flush_output()
     except KeyboardInterrupt:
         if options.debug:
             raise
         return 130  # what a shell expects of a program ended by Ctrl-C
+    except BrokenPipeError:
+        return 141  # and of one whose reader, head for example, wants no more
     except Exception as error:
         if options.debug:
             raise
         tell("error", sentence(error))
-        return 1
+        return 2 if isinstance(error, UsageError) else 1
     return 0
 
 

@@ -26,7 +26,7 @@ from ..analysis.parts import (
 )
 from ..version import __version__
 from .command import Command, CommandError, add_json_argument, print_to
-from .image_files import add_alpha_argument, read_one_size, size_text
+from .image_files import add_image_arguments, read_one_size, refuse_folders, size_text
 from .model import add_model_arguments, load_model, metric_name
 
 if TYPE_CHECKING:
@@ -46,7 +46,7 @@ def _add_arguments(parser: argparse.ArgumentParser) -> None:
         "--out", required=True, type=Path, metavar="DIR", help="a folder for the pictures"
     )
     add_model_arguments(parser)
-    add_alpha_argument(parser)
+    add_image_arguments(parser)
     parser.add_argument(
         "--shared-scale",
         action="store_true",
@@ -58,7 +58,8 @@ def _add_arguments(parser: argparse.ArgumentParser) -> None:
 def _run(options: argparse.Namespace) -> None:
     plots.require_matplotlib()
     _check_targets(options)
-    reference, *images = read_one_size((options.reference, *options.images), options.alpha)
+    refuse_folders((options.reference, *options.images))
+    reference, *images = read_one_size((options.reference, *options.images), options)
     # Whatever a library prints while it works is not part of the result.
     with contextlib.redirect_stdout(sys.stderr), torch.no_grad():
         model = load_model(options)
@@ -78,7 +79,7 @@ def _run(options: argparse.Namespace) -> None:
 
     if options.json:
         report = _report(options, reference, contributions, table, importance, files)
-        print(json.dumps(report, indent=2, allow_nan=False))
+        print_to(json.dumps(report, indent=2, allow_nan=False), sys.stdout)
         return
     print_to(_words(options, reference, contributions, table, importance, files), sys.stdout)
 

@@ -4,8 +4,13 @@ from __future__ import annotations
 
 import argparse
 import re
+from collections.abc import Sequence
+from pathlib import Path
 
 import torch
+
+from ..folders.measures import METRIC_NAMES
+from ..folders.pairing import Match, Patterns
 
 
 def positive(text: str) -> int:
@@ -49,3 +54,59 @@ def layers(text: str) -> tuple[int, ...]:
     if len(set(chosen)) < len(chosen):
         raise argparse.ArgumentTypeError(f"{text!r} names a layer twice")
     return chosen
+
+
+def match(text: str) -> Match | Patterns:
+    """``name``, ``stem``, or two patterns as :func:`join_patterns` makes them one argument."""
+    if text in ("name", "stem"):
+        return text  # type: ignore[return-value]
+    patterns = text.split(_BETWEEN_PATTERNS)
+    if len(patterns) != 2:
+        raise argparse.ArgumentTypeError(
+            f"{text!r} is not name, stem or two patterns such as {{}}_gt.png {{}}_pred.jpg"
+        )
+    try:
+        return Patterns(*patterns)
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(str(error)) from error
+
+
+# No argument of a process can hold it.
+_BETWEEN_PATTERNS = "\0"
+
+
+def join_patterns(arguments: Sequence[str]) -> list[str]:
+    """``--match PATTERN PATTERN`` as one argument: argparse does not know one value or two.
+
+    >>> join_patterns(["--match", "{}.png", "{}.jpg", "A"])
+    ['--match', '{}.png\\x00{}.jpg', 'A']
+    """
+    joined = list(arguments)
+    for k in range(len(joined) - 3, -1, -1):
+        if joined[k] == "--match" and all("{}" in text for text in joined[k + 1 : k + 3]):
+            joined[k + 1 : k + 3] = [_BETWEEN_PATTERNS.join(joined[k + 1 : k + 3])]
+    return joined
+
+
+def metrics(text: str) -> tuple[str, ...]:
+    """Of ``lpips,psnr,ssim`` some, in the order in which they are written."""
+    names = tuple(name.strip().lower() for name in text.split(","))
+    unknown = [name for name in names if name not in METRIC_NAMES]
+    if unknown or len(set(names)) < len(names):
+        raise argparse.ArgumentTypeError(
+            f"{text!r} are no metrics: choose from {','.join(METRIC_NAMES)}, each once"
+        )
+    return names
+
+
+def csv_path(text: str) -> Path | None:
+    """A path that ends in ``.csv``; ``None`` for ``-``, standard output."""
+    if text == "-":
+        return None
+    path = Path(text)
+    if path.suffix.lower() != ".csv":
+        raise argparse.ArgumentTypeError(
+            f"{text!r} does not end in .csv, which is what is written; - is standard output, and "
+            "the summary as JSON is what --json prints"
+        )
+    return path

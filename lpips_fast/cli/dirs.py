@@ -1,35 +1,34 @@
-"""``lpips-fast dirs A B -o distances.csv``: the distance of every pair of images in two folders."""
+"""``lpips-fast dirs A B -o scores.csv``: every pair of images of two folders, or of several."""
 
 from __future__ import annotations
 
 import argparse
 import contextlib
-import hashlib
 import json
+import math
 import os
-import signal
 import sys
-import threading
 from collections.abc import Iterator
 from pathlib import Path
-from types import FrameType
-from typing import TYPE_CHECKING, Any, get_args
+from typing import TYPE_CHECKING, Any
 
 import torch
 from tqdm import tqdm
 
 from ..folders.evaluating import Evaluation, FolderGoneError, Row, default_workers
-from ..folders.pairing import Match, Pairing, pair_folders
+from ..folders.measures import PSNR, SSIM, Distance, Measure
+from ..folders.pairing import Pair, Pairing, Patterns, pair_several, read_pairs
 from ..folders.ranks import RankError, Ranks
-from ..folders.results import ResultFile
-from ..images.resizing import Preprocessing, Resampling
+from ..folders.results import ResultFile, Results, ResultStream, record_path
+from ..folders.summary import Statistics
+from ..folders.tables import TABLE_FORMATS, table
 from ..trunk.table import TRUNKS
 from ..version import __version__
-from ..weights import locate_trunk_weights
 from . import argument_types
-from .command import Command, CommandError, add_json_argument, print_to, tell
-from .image_files import add_alpha_argument
-from .model import add_model_arguments, layers_text, load_model, metric_name
+from .command import Command, CommandError, UsageError, add_json_argument, print_to, tell
+from .image_files import add_image_arguments, preprocessing
+from .model import add_model_arguments, layers_text, load_model, metric_name, weights_text
+from .outputs import check_output
 
 if TYPE_CHECKING:
     from ..lpips import LPIPS
@@ -40,44 +39,52 @@ _FAILURES_TOLD = 20
 
 
 def _add_dirs_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("folder0", metavar="A", help="a folder of images")
-    parser.add_argument("folder1", metavar="B", help="another, with images of the same names")
+    parser.add_argument(
+        "folders",
+        nargs="*",
+        metavar="DIR",
+        help="A B: images of A with those of the same names in B; A B C …: with those of several",
+    )
+    parser.add_argument(
+        "--pairs",
+        type=Path,
+        metavar="CSV",
+        help="instead of folders: a file with columns a and b (paths from where it lies), and name",
+    )
     parser.add_argument(
         "-o",
         "--output",
-        type=Path,
+        type=argument_types.csv_path,
         required=True,
         metavar="CSV",
-        help="one row a pair; an interrupted run goes on where this file ends",
+        help="one row a pair, and beside it CSV.jsonl, by which an interrupted run goes on; "
+        "-: standard output, and no going on",
     )
     parser.add_argument("--overwrite", action="store_true", help="begin the file again")
-    add_model_arguments(parser, all_nets="three columns, for which each image is read once")
+    parser.add_argument(
+        "--metrics",
+        type=argument_types.metrics,
+        default=("lpips",),
+        metavar="lpips,psnr,ssim",
+        help="the columns, in this order (default: lpips)",
+    )
+    parser.add_argument("--per-layer", action="store_true", help="a column for each layer too")
+    parser.add_argument(
+        "--table",
+        choices=TABLE_FORMATS,
+        help="print mean and standard error as the table of a paper, with paired differences",
+    )
+    add_model_arguments(parser, all_nets="a column for each, for which images are read once")
     parser.add_argument(
         "--match",
-        choices=get_args(Match),
+        type=argument_types.match,
         default="name",
-        help="pair equal names (default), or equal names but for the suffix",
+        metavar="name|stem|PATTERN PATTERN",
+        help="pair equal names (default), equal names but for the suffix, or names in which {} "
+        'stands for the same text, as "{}_gt.png" "{}_pred.jpg"',
     )
     parser.add_argument("--recursive", action="store_true", help="look into sub-folders too")
-    parser.add_argument(
-        "--resize",
-        type=argument_types.size_or_side,
-        metavar="WxH|N",
-        help="resize to W by H pixels, or the shorter side to N; by default images keep their size",
-    )
-    parser.add_argument(
-        "--crop",
-        type=argument_types.size,
-        metavar="WxH",
-        help="keep the centre, after --resize if both are given",
-    )
-    parser.add_argument(
-        "--resampling",
-        choices=get_args(Resampling),
-        default="bicubic",
-        help="Pillow's filter for --resize (default: bicubic)",
-    )
-    add_alpha_argument(parser)
+    add_image_arguments(parser)
     parser.add_argument(
         "--batch",
         type=argument_types.positive,
@@ -94,7 +101,8 @@ def _add_dirs_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def _run_dirs(options: argparse.Namespace) -> None:
-    with _terminable(), Ranks() as ranks:
+    _check_usage(options)
+    with Ranks() as ranks:
         # Only rank 0 speaks; what stops another rank travels as an exception.
         with contextlib.ExitStack() as quiet:
             if ranks.rank > 0:
@@ -108,21 +116,25 @@ def _run_dirs(options: argparse.Namespace) -> None:
             _lead(options, models, ranks)
 
 
-@contextlib.contextmanager
-def _terminable() -> Iterator[None]:
-    """End on SIGTERM as on an error: by saying what is written, and with the shell's exit code."""
-
-    def end(number: int, frame: FrameType | None) -> None:
-        sys.exit(128 + number)
-
-    if threading.current_thread() is not threading.main_thread():
-        yield  # only the main thread may set handlers
-        return
-    before = signal.signal(signal.SIGTERM, end)
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGTERM, before)
+def _check_usage(options: argparse.Namespace) -> None:
+    if options.pairs is not None and options.folders:
+        raise UsageError("folders and --pairs exclude each other: give one of them")
+    if options.pairs is None and len(options.folders) < 2:
+        given = f"only {options.folders[0]} is" if options.folders else "none are"
+        raise UsageError(
+            f"two folders or more are compared, and {given} given: A B, or --pairs CSV; all images "
+            "of one folder with each other are compared by lpips-fast pairwise"
+        )
+    files = [name for name in options.folders if Path(name).is_file()]
+    if files and len(files) == len(options.folders):
+        raise UsageError(f"{files[0]} is a file: two images are compared by lpips-fast pair A B")
+    if options.output is None and (options.json or options.overwrite):
+        wrong = "--json" if options.json else "--overwrite"
+        raise UsageError(f"with -o - the rows are on standard output: leave out {wrong}")
+    if options.json and options.table:
+        raise UsageError("--json and --table exclude each other: leave one out")
+    if options.per_layer and "lpips" not in options.metrics:
+        raise UsageError("--per-layer lists the layers of lpips, which is not among --metrics")
 
 
 def _nowhere() -> Any:
@@ -130,6 +142,8 @@ def _nowhere() -> Any:
 
 
 def _load_models(options: argparse.Namespace) -> dict[str, LPIPS]:
+    if "lpips" not in options.metrics:
+        return {}
     nets = list(TRUNKS) if options.net == "all" else [options.net]
     # Whatever a library prints while it works is not part of the result.
     with contextlib.redirect_stdout(sys.stderr):
@@ -138,104 +152,132 @@ def _load_models(options: argparse.Namespace) -> dict[str, LPIPS]:
         }
 
 
+def _measures(options: argparse.Namespace, models: dict[str, LPIPS]) -> list[Measure]:
+    measures: list[Measure] = []
+    for metric in options.metrics:
+        if metric == "lpips":
+            measures += [
+                Distance(
+                    model,
+                    f"distance_{net}" if len(models) > 1 else "distance",
+                    _title(options, net),
+                    per_layer=options.per_layer,
+                )
+                for net, model in models.items()
+            ]
+        else:
+            measures.append(PSNR() if metric == "psnr" else SSIM())
+    return measures
+
+
+def _title(options: argparse.Namespace, net: str) -> str:
+    is_lpips = not (options.baseline or options.random_trunk or options.checkpoint)
+    is_lpips = is_lpips and options.normalization == "l2" and options.layers is None
+    return f"{'LPIPS' if is_lpips else 'distance'} ({net})"
+
+
 def _evaluation(options: argparse.Namespace, models: dict[str, LPIPS], ranks: Ranks) -> Evaluation:
     workers = options.workers or default_workers(ranks.local_size)
     if options.device.type != "cpu" and not options.workers:
         workers = min(workers, 8)  # they only decode, and a GPU is fed by few
     return Evaluation(
-        list(models.values()),
-        folders=(options.folder0, options.folder1),
+        _measures(options, models),
+        device=options.device,
+        folders=options.folders,
         alpha=options.alpha,
-        preprocessing=_preprocessing(options),
+        max_pixels=options.max_pixels,
+        preprocessing=preprocessing(options),
         batch=options.batch,
         workers=workers,
     )
-
-
-def _preprocessing(options: argparse.Namespace) -> Preprocessing:
-    return Preprocessing(options.resize, options.crop, options.resampling)
 
 
 # ------------------------------------------------------------------------------ one rank
 
 
 def _help(options: argparse.Namespace, models: dict[str, LPIPS], ranks: Ranks) -> None:
-    plan: tuple[Pairing, int] | None = ranks.broadcast(None)
+    plan: tuple[list[Pair], list[range]] | None = ranks.broadcast(None)
     if plan is None:  # rank 0 said why
         sys.exit(1)
-    pairing, done = plan
+    pairs, pending = plan
     with _evaluation(options, models, ranks) as evaluation:
-        chunks = ranks.share(_chunks_left(evaluation, len(pairing.pairs), done))
-        ranks.send(evaluation.rows(pairing.pairs, chunks))
-
-
-def _chunks_left(evaluation: Evaluation, count: int, done: int) -> list[range]:
-    return [chunk for chunk in evaluation.chunks(count) if chunk.stop > done]
+        ranks.send(evaluation.rows(pairs, ranks.share(pending)))
 
 
 def _lead(options: argparse.Namespace, models: dict[str, LPIPS], ranks: Ranks) -> None:
-    plan: tuple[Pairing, int] | None = None
+    plan: tuple[list[Pair], list[range]] | None = None
     with contextlib.ExitStack() as stack:
+        evaluation = _evaluation(options, models, ranks)
         try:
-            pairing = _pair(options)
-            output = stack.enter_context(_open_output(options, models, pairing))
-            plan = (pairing, output.done)
+            pairs, pairings = _pairs(options)
+            chunks = evaluation.chunks(len(pairs))
+            output = stack.enter_context(_open(options, models, evaluation, pairs, chunks))
+            pending = output.pending if isinstance(output, ResultFile) else chunks
+            plan = (pairs, pending)
         finally:
             ranks.broadcast(plan)
-        if output.done:
-            tell("note", f"going on after row {output.done} of {len(pairing.pairs)}")
+        if isinstance(output, ResultFile):
+            _tell_of_earlier_run(output)
         try:
-            with _evaluation(options, models, ranks) as evaluation:
-                _write_rows(evaluation, output, pairing, ranks)
-            output.finish()
+            with evaluation:
+                _write_rows(evaluation, output, pending, ranks)
+            if isinstance(output, ResultFile):
+                output.finish()
         except (KeyboardInterrupt, SystemExit):
             tell("note", f"stopped; {_what_is_written(output)}")
             raise
         except (FolderGoneError, RankError) as error:
             raise CommandError(f"{error}; {_what_is_written(output)}") from error
-        report = _report(options, models, pairing, output)
-    print(json.dumps(report, indent=2, allow_nan=False)) if options.json else _print(
-        options, report
-    )
+    _say(options, models, evaluation, pairings, output)
+    not_listed = [name for pairing in pairings for name in pairing.not_listed]
     if output.failed:
+        where = f": see the column error of {options.output}" if options.output else ""
         raise CommandError(
-            f"{len(output.failed)} of {len(pairing.pairs)} pairs could not be measured: see the "
-            f"column error of {output.path}"
+            f"{len(output.failed)} of {len(pairs)} pairs could not be measured{where}"
         )
+    if not_listed:
+        raise CommandError(f"{len(not_listed)} folders could not be looked into")
 
 
-def _what_is_written(output: ResultFile) -> str:
-    return (
-        f"{output.done} of {len(output.names)} rows are in {output.path}, and the same command "
-        "goes on from there"
+def _what_is_written(output: Results) -> str:
+    told = f"{output.done} of {len(output.pairs)} rows are"
+    if not isinstance(output, ResultFile):
+        return f"{told} written"
+    return f"{told} in {output.path}, and the same command goes on from there"
+
+
+def _pairs(options: argparse.Namespace) -> tuple[list[Pair], list[Pairing]]:
+    if options.pairs is not None:
+        return read_pairs(options.pairs), []
+    folder0, *folders = options.folders
+    pairs, pairings = pair_several(
+        folder0, folders, match=options.match, recursive=options.recursive
     )
-
-
-def _pair(options: argparse.Namespace) -> Pairing:
-    pairing = pair_folders(
-        options.folder0, options.folder1, match=options.match, recursive=options.recursive
-    )
-    for folder, other, names in (
-        (options.folder0, options.folder1, pairing.only_in_0),
-        (options.folder1, options.folder0, pairing.only_in_1),
-    ):
-        if names:
-            tell("warning", f"without a partner in {other}: {_some(names)} of {folder}")
-    if pairing.passed_over:
-        tell(
-            "warning", f"passed over, for their suffix is no image's: {_some(pairing.passed_over)}"
-        )
     hint = ""
-    if pairing.pairs_by_stem and options.match == "name":
-        hint = f"{pairing.pairs_by_stem} would pair but for their suffixes: --match stem"
-    if not pairing.pairs:
-        raise CommandError(
-            f"{options.folder0} and {options.folder1} have no image in common"
-            + (f"; {hint}" if hint else "" if options.recursive else "; see --recursive")
-        )
+    for folder, pairing in zip(folders, pairings):
+        for own, other, names in (
+            (folder0, folder, pairing.only_in_0),
+            (folder, folder0, pairing.only_in_1),
+        ):
+            if names:
+                tell("warning", f"without a partner in {other}: {_some(names)} of {own}")
+        if pairing.pairs_by_stem and options.match == "name":
+            hint = f"{pairing.pairs_by_stem} would pair but for their suffixes: --match stem"
+    passed_over = list(dict.fromkeys(name for p in pairings for name in p.passed_over))
+    if passed_over:
+        fits = " or do not fit the pattern" if isinstance(options.match, Patterns) else ""
+        tell("warning", f"passed over, for they are no image's name{fits}: {_some(passed_over)}")
+    for reason in dict.fromkeys(name for p in pairings for name in p.not_listed):
+        tell("warning", f"cannot look into {reason}")
+    for folder, pairing in zip(folders, pairings):
+        if not pairing.pairs:
+            raise CommandError(
+                f"{folder0} and {folder} have no image in common"
+                + (f"; {hint}" if hint else "" if options.recursive else "; see --recursive")
+            )
     if hint:
         tell("note", hint)
-    return pairing
+    return pairs, pairings
 
 
 def _some(names: list[str]) -> str:
@@ -243,55 +285,83 @@ def _some(names: list[str]) -> str:
     return ", ".join(names[:_NAMES_TOLD]) + (f", and {more} more" if more > 0 else "")
 
 
-def _open_output(
-    options: argparse.Namespace, models: dict[str, LPIPS], pairing: Pairing
-) -> ResultFile:
-    if not options.output.parent.is_dir():
-        raise CommandError(f"cannot write {options.output}: its folder does not exist")
-    columns = [f"distance_{net}" for net in models] if options.net == "all" else ["distance"]
-    return ResultFile(
-        options.output,
-        _header(options, models, pairing),
-        columns,
-        [pair.name for pair in pairing.pairs],
-        overwrite=options.overwrite,
-    )
+@contextlib.contextmanager
+def _open(
+    options: argparse.Namespace,
+    models: dict[str, LPIPS],
+    evaluation: Evaluation,
+    pairs: list[Pair],
+    chunks: list[range],
+) -> Iterator[Results]:
+    columns = [column.name for column in evaluation.columns]
+    if options.output is None:
+        yield ResultStream(sys.stdout, columns, pairs)
+        return
+    inputs = {path: None for pair in pairs for path in (pair.path0, pair.path1)}
+    others = (options.pairs, options.checkpoint, options.weights)
+    for target in (options.output, record_path(options.output)):
+        check_output(target, [*inputs, *(path for path in others if path is not None)])
+    settings = _settings(options, models)
+    with ResultFile(
+        options.output, settings, columns, pairs, chunks, overwrite=options.overwrite
+    ) as output:
+        yield output
 
 
-def _write_rows(evaluation: Evaluation, output: ResultFile, pairing: Pairing, ranks: Ranks) -> None:
-    chunks = _chunks_left(evaluation, len(pairing.pairs), output.done)
-    own = evaluation.rows(pairing.pairs, ranks.share(chunks))
+def _tell_of_earlier_run(output: ResultFile) -> None:
+    found = output.found
+    if found is None:
+        return
+    for names, what in (
+        (found.changed, "an image changed since, so that they are measured again"),
+        (found.gone, "no longer there, so that their rows are gone"),
+        (found.new, "new"),
+        (found.failed, "they failed, and are tried again"),
+    ):
+        if names:
+            tell("note", f"{what}: {_some(names)}")
+    count = len(output.pairs)
+    if found.kept == count:
+        tell("note", f"nothing to do: all {count} rows are there, and no image changed")
+    elif found.kept:
+        tell("note", f"going on with {found.kept} of {count} rows")
+
+
+def _write_rows(
+    evaluation: Evaluation, output: Results, pending: list[range], ranks: Ranks
+) -> None:
+    pairs = output.pairs
+    own = evaluation.rows(pairs, ranks.share(pending))
+    assert isinstance(output, (ResultFile, ResultStream))
     bar = tqdm(
-        total=2 * len(pairing.pairs),
-        initial=2 * output.done,
+        total=2 * len(pairs),
+        initial=2 * (len(pairs) - sum(map(len, pending))),
         unit=" images",
         disable=None,  # where standard error is no terminal
         file=sys.stderr,
     )
+    told = 0
     with bar, contextlib.closing(own):
-        for chunk, rows in zip(chunks, ranks.gather(own, len(chunks))):
-            told = len(output.failed)
-            before = output.done
+        for chunk, rows in zip(pending, ranks.gather(own, len(pending))):
             output.append(rows, chunk.start)
             for row in output.failed[told:_FAILURES_TOLD]:
                 with tqdm.external_write_mode(file=sys.stderr):
                     tell("warning", _failure(row))
-            bar.update(2 * (output.done - before))
+            told = len(output.failed)
+            bar.update(2 * len(rows))
     if len(output.failed) > _FAILURES_TOLD:
         tell("warning", f"and {len(output.failed) - _FAILURES_TOLD} failures more")
 
 
 def _failure(row: Row) -> str:
-    return f"{row.name}: {row.error}"
+    return f"{f'{row.folder}/' if row.folder else ''}{row.name}: {row.error}"
 
 
 # ------------------------------------------------------------------------------ what it says
 
 
-def _header(
-    options: argparse.Namespace, models: dict[str, LPIPS], pairing: Pairing
-) -> dict[str, str]:
-    """How this run measures: of two runs with this header, both make the same file."""
+def _settings(options: argparse.Namespace, models: dict[str, LPIPS]) -> dict[str, str]:
+    """How this run measures: of two runs with these settings, both make the same file."""
     import PIL
 
     device, precision = options.device.type, options.dtype
@@ -299,83 +369,147 @@ def _header(
         device = f"cuda, {torch.cuda.get_device_name(options.device)}"
         if precision == "float32" and torch.backends.cudnn.allow_tf32:
             precision = "float32, convolutions in TF32"
-    return {
+    settings = {
         "lpips-fast": __version__,
         "torch": torch.__version__,
         "Pillow": PIL.__version__,
-        "metric": "baseline (no linear layers)" if options.baseline else "LPIPS",
-        "net": ", ".join(models),
-        "version": options.version,
-        "normalization": options.normalization,
-        "layers": layers_text(options),
-        **{f"weights of {net}": _weights(options, net, model) for net, model in models.items()},
-        "dtype": precision,
+        "metrics": ", ".join(options.metrics),
+    }
+    if models:
+        settings |= {
+            "metric": "baseline (no linear layers)" if options.baseline else "LPIPS",
+            "net": ", ".join(models),
+            "version": options.version,
+            "normalization": options.normalization,
+            "layers": layers_text(options),
+            **{
+                f"weights of {net}": weights_text(options, net, model)
+                for net, model in models.items()
+            },
+            "dtype": precision,
+        }
+    if "ssim" in options.metrics:
+        settings["ssim"] = "RGB, 11x11 Gaussian window of sigma 1.5, positions within the image"
+    settings |= {
         "device": device,
         "batch": str(options.batch),
-        **_preprocessing(options).words,
+        **preprocessing(options).words,
         "alpha": options.alpha,
-        "folder A": str(Path(options.folder0)),
-        "folder B": str(Path(options.folder1)),
+        "max pixels": str(options.max_pixels),
+    }
+    if options.pairs is not None:
+        return {**settings, "pairs": str(options.pairs.resolve())}
+    match = options.match
+    patterns = f"{match.pattern0} {match.pattern1}" if isinstance(match, Patterns) else match
+    folders = [str(Path(folder).resolve()) for folder in options.folders]
+    return {
+        **settings,
+        "folder A": folders[0],
+        **{f"folder {_letter(k)}": folder for k, folder in enumerate(folders[1:], start=1)},
         "sub-folders": "yes" if options.recursive else "no",
-        "paired by": options.match,
-        "pairs": str(len(pairing.pairs)),
-        "only in A": str(len(pairing.only_in_0)),
-        "only in B": str(len(pairing.only_in_1)),
+        "paired by": patterns,
     }
 
 
-def _weights(options: argparse.Namespace, net: str, model: LPIPS) -> str:
-    """Which weights a trunk has: their file's name, and a digest that no copying changes."""
-    if options.random_trunk:
-        source = "random, not LPIPS"
-    elif options.weights:
-        source = Path(options.weights).name
+def _letter(position: int) -> str:
+    return chr(ord("A") + position) if position < 26 else str(position + 1)
+
+
+def _say(
+    options: argparse.Namespace,
+    models: dict[str, LPIPS],
+    evaluation: Evaluation,
+    pairings: list[Pairing],
+    output: Results,
+) -> None:
+    # The rows have standard output to themselves.
+    stream = sys.stdout if options.output else sys.stderr
+    if options.json:
+        report = _report(options, models, pairings, output)
+        print_to(json.dumps(report, indent=2, allow_nan=False), sys.stdout)
+    elif options.table or len(output.folders()) > 1:
+        first = {"": Path(options.folders[1]).name} if options.folders else {}
+        text = table(output, evaluation.columns, options.table or "markdown", first)
+        print_to(text, stream)
     else:
-        location = locate_trunk_weights(net)
-        source = location.path.name if location else "downloaded"
-    digest = hashlib.sha256()
-    for _, tensor in sorted(model.net.state_dict().items()):
-        # As float32, so that float64 has the digest of the float32 that it was made of.
-        digest.update(tensor.detach().float().cpu().contiguous().numpy().tobytes())
-    return f"{source}, SHA-256 of its convolutions {digest.hexdigest()[:16]}"
+        print_to(_words(options, models, evaluation, output), stream)
 
 
 def _report(
-    options: argparse.Namespace, models: dict[str, LPIPS], pairing: Pairing, output: ResultFile
+    options: argparse.Namespace,
+    models: dict[str, LPIPS],
+    pairings: list[Pairing],
+    output: Results,
 ) -> dict[str, Any]:
+    first, *others = output.folders()
+    summaries = {
+        folder: {name: s.summary() for name, s in output.statistics(folder).items()}
+        for folder in (first, *others)
+    }
+    report: dict[str, Any] = {"results": summaries if others else summaries[first]}
+    if others:
+        report["differences"] = {
+            "reference": first,
+            **{
+                folder: {name: s.summary() for name, s in output.differences(folder, first).items()}
+                for folder in others
+            },
+        }
+    labels = dict(zip(output.folders(), pairings))
+    partnerless = {
+        key: {label: getattr(pairing, attribute) for label, pairing in labels.items()}
+        for key, attribute in (("only_in_a", "only_in_0"), ("only_in_b", "only_in_1"))
+    }
     return {
-        "results": {
-            net: {
-                "count": statistics.count,
-                "mean": statistics.mean,
-                "standard_error": statistics.standard_error,
-            }
-            for net, statistics in zip(models, output.statistics)
-        },
-        "failed": [{"name": row.name, "error": row.error} for row in output.failed],
-        "only_in_a": pairing.only_in_0,
-        "only_in_b": pairing.only_in_1,
-        "passed_over": pairing.passed_over,
-        "output": str(output.path),
-        "settings": _header(options, models, pairing),
+        **report,
+        "failed": [
+            {"name": row.name, **({"folder": row.folder} if others else {}), "error": row.error}
+            for row in output.failed
+        ],
+        **{key: of if others else of.get(first, []) for key, of in partnerless.items()},
+        "passed_over": list(dict.fromkeys(name for p in pairings for name in p.passed_over)),
+        "not_listed": list(dict.fromkeys(name for p in pairings for name in p.not_listed)),
+        "output": str(options.output),
+        "record": str(record_path(options.output)),
+        "settings": _settings(options, models),
     }
 
 
-def _print(options: argparse.Namespace, report: dict[str, Any]) -> None:
+def _words(
+    options: argparse.Namespace,
+    models: dict[str, LPIPS],
+    evaluation: Evaluation,
+    output: Results,
+) -> str:
     lines = []
-    for net, result in report["results"].items():
-        mean, error, count = result["mean"], result["standard_error"], result["count"]
-        text = "none" if mean is None else f"{mean:.6f}"
-        if error is not None:
-            text += f" ± {error:.6f} (standard error)"
-        label = f"Mean {net}: " if options.net == "all" else "Mean: "
-        lines.append(f"{label}{text}, {count} pairs")
-    lines.append(f"  {options.folder0}  vs  {options.folder1}")
-    lines.append(f"  {metric_name(options)}, {options.device}")
-    lines.append(f"  {report['output']}")
-    print_to("\n".join(lines), sys.stdout)
+    statistics = output.statistics()
+    for column in evaluation.columns:
+        of_column = statistics[column.name]
+        label = "Mean: " if len(evaluation.columns) == 1 else f"Mean {column.name}: "
+        lines.append(f"{label}{_mean_text(of_column)}, {of_column.count} pairs")
+        if of_column.count > 1:
+            low, median, high = of_column.percentiles(5, 50, 95)
+            lines.append(f"  median {median:.6f}, 5th to 95th percentile {low:.6f} to {high:.6f}")
+    compared = [str(options.pairs)] if options.pairs else options.folders
+    lines.append(f"  {'  vs  '.join(compared)}")
+    if models:
+        lines.append(f"  {metric_name(options)}, {options.device}")
+    if options.output:
+        lines.append(f"  {options.output}")
+    return "\n".join(lines)
+
+
+def _mean_text(statistics: Statistics) -> str:
+    mean, error = statistics.mean, statistics.standard_error
+    if mean is None:
+        return "none"
+    if math.isinf(mean):
+        return f"inf (identical: {statistics.infinite})"
+    return f"{mean:.6f}" + ("" if error is None else f" ± {error:.6f} (standard error)")
 
 
 COMMAND = Command(
-    "measure every pair of images in two folders, into a CSV file", _add_dirs_arguments, _run_dirs
+    "measure every pair of images in two folders or more, into a CSV file",
+    _add_dirs_arguments,
+    _run_dirs,
 )

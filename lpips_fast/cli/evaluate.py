@@ -6,21 +6,16 @@ import argparse
 import contextlib
 import json
 import sys
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 
 from ..judgements.datasets import JNDDataset, TwoAFCDataset
 from ..judgements.scoring import evaluate_2afc, evaluate_jnd
 from ..version import __version__
-from ..weights import lpips_state_dict, read_state_dict
 from .command import Command, CommandError, add_json_argument, print_to
-from .device import to_device
 from .judgement_data import add_judgement_arguments
-from .model import add_model_arguments, in_dtype, load_model, metric_name, model_options
-
-if TYPE_CHECKING:
-    from ..lpips import LPIPS
+from .model import add_model_arguments, load_model, metric_name
 
 
 def _add_evaluate_arguments(parser: argparse.ArgumentParser) -> None:
@@ -40,9 +35,6 @@ def _add_evaluate_arguments(parser: argparse.ArgumentParser) -> None:
         help="JND sub-sets (p0/ p1/ same/), or a folder above them; may be repeated",
     )
     add_model_arguments(parser)
-    parser.add_argument(
-        "--checkpoint", metavar="FILE", help="learned weights, such as the model.pth of train"
-    )
     add_judgement_arguments(parser)
     parser.add_argument("--batch-size", type=int, default=50, metavar="N", help="default: 50")
     add_json_argument(parser)
@@ -56,7 +48,7 @@ def _run_evaluate(options: argparse.Namespace) -> None:
     triplets = _subsets(TwoAFCDataset, options.two_afc, options.size)
     pairs = _subsets(JNDDataset, options.jnd, options.size)
     with contextlib.redirect_stdout(sys.stderr):
-        model = load_model(options) if options.checkpoint is None else _load_checkpoint(options)
+        model = load_model(options)
         common: dict[str, Any] = {"batch_size": options.batch_size, "workers": options.workers}
         two_afc = {
             name: evaluate_2afc(model, dataset, progress=name, **common)
@@ -86,58 +78,12 @@ def _subsets(kind: Any, roots: list[str], size: int | None) -> dict[str, Any]:
     return found
 
 
-def _load_checkpoint(options: argparse.Namespace) -> LPIPS:
-    """A model with learned weights; a trunk in the checkpoint spares the search for another."""
-    from ..lpips import LPIPS
-
-    for flag in ("baseline", "random_trunk"):
-        if getattr(options, flag):
-            name = flag.replace("_", "-")
-            raise CommandError(f"--checkpoint and --{name} exclude each other: leave one out")
-    checkpoint = read_state_dict(options.checkpoint)
-    keys = lpips_state_dict(checkpoint, options.net, options.checkpoint).keys()
-    holds_trunk = any(key.startswith("net.") for key in keys)
-    if holds_trunk and options.weights:
-        raise CommandError(f"{options.checkpoint} holds a trunk of its own: leave out --weights")
-    try:
-        model = LPIPS(
-            net=options.net,
-            version=options.version,
-            pnet_rand=holds_trunk,
-            model_path=options.checkpoint,
-            weights=options.weights,
-            normalization=options.normalization,
-            verbose=False,
-            **model_options(options),
-        )
-    except RuntimeError as error:
-        if "loading state_dict" not in str(error):
-            raise
-        raise CommandError(
-            f"{options.checkpoint} does not fit trunk {options.net!r}: "
-            "name its own trunk with --net"
-        ) from error
-    if holds_trunk:
-        absent = [key for key in model.net.state_dict() if f"net.{key}" not in keys]
-        if absent:
-            raise CommandError(
-                f"{options.checkpoint} holds only a part of trunk {options.net!r}: "
-                f"'net.{absent[0]}' is missing"
-            )
-    return to_device(in_dtype(model, options), options.device)
-
-
 # ------------------------------------------------------------------------------- output
-
-
-def _metric(options: argparse.Namespace) -> str:
-    learned = f", weights of {options.checkpoint}" if options.checkpoint else ""
-    return f"{metric_name(options)}{learned}"
 
 
 def _as_json(options: argparse.Namespace, scores: dict[str, list[dict[str, Any]]]) -> str:
     report = {
-        "metric": _metric(options),
+        "metric": metric_name(options),
         "size": options.size,
         **{kind: {"subsets": rows, "mean": _mean(rows)} for kind, rows in scores.items() if rows},
         "dtype": options.dtype,
@@ -149,7 +95,7 @@ def _as_json(options: argparse.Namespace, scores: dict[str, list[dict[str, Any]]
 
 
 def _as_table(options: argparse.Namespace, scores: dict[str, list[dict[str, Any]]]) -> str:
-    lines = [_metric(options)]
+    lines = [metric_name(options)]
     titles = {"2afc": "2AFC score, %", "jnd": "JND average precision, %"}
     for kind, rows in scores.items():
         if not rows:

@@ -16,7 +16,7 @@ from ..images.resizing import Preprocessing
 from ..version import __version__
 from . import argument_types
 from .command import Command, CommandError, print_to, tell
-from .image_files import add_alpha_argument
+from .image_files import add_reading_arguments
 from .model import add_model_arguments, load_model, metric_name
 
 if TYPE_CHECKING:
@@ -81,7 +81,7 @@ def _add_export_arguments(parser: argparse.ArgumentParser) -> None:
         help=f"images like those to be compared, for --int8; the first {_CALIBRATION_IMAGES} are "
         "read, resized and cropped to --size",
     )
-    add_alpha_argument(parser)
+    add_reading_arguments(parser)
 
 
 def _run_export(options: argparse.Namespace) -> None:
@@ -154,7 +154,9 @@ def _calibration_images(
     fitted = Preprocessing(resize=max(size), crop=(width, height))
     images = []
     for name in names[:_CALIBRATION_IMAGES]:
-        image = read_image_uint8(Path(options.calibration) / name, alpha=options.alpha)
+        image = read_image_uint8(
+            Path(options.calibration) / name, alpha=options.alpha, max_pixels=options.max_pixels
+        )
         if image.shape[:2] != size:
             image = fitted(image)
         images.append(image_to_tensor(image))

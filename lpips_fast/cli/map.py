@@ -6,7 +6,7 @@ import argparse
 
 from . import pair
 from .command import Command, add_json_argument
-from .image_files import add_alpha_argument
+from .image_files import add_image_arguments
 from .model import add_model_arguments
 
 
@@ -20,9 +20,9 @@ def _add_map_arguments(parser: argparse.ArgumentParser) -> None:
         help="the picture, for example OUT.png; its numbers go to OUT.npy",
     )
     add_model_arguments(parser)
-    add_alpha_argument(parser)
+    add_image_arguments(parser)
     add_json_argument(parser)
-    parser.set_defaults(per_layer=False)
+    parser.set_defaults(per_layer=False, metrics=("lpips",))
 
 
 COMMAND = Command("draw where two images differ", _add_map_arguments, pair.COMMAND.run)

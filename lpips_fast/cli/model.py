@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import argparse
+import hashlib
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 
 from ..normalization import NORMALIZATIONS
 from ..trunk.table import TRUNKS, check_layers, trunk_spec
+from ..weights import locate_trunk_weights, lpips_state_dict, read_state_dict
 from . import argument_types
-from .command import tell
+from .command import CommandError, tell
 from .device import to_device
 
 if TYPE_CHECKING:
@@ -25,13 +28,18 @@ DTYPES = {
 
 
 def add_model_arguments(
-    parser: argparse.ArgumentParser, *, all_nets: str | None = None, dtype: bool = True
+    parser: argparse.ArgumentParser,
+    *,
+    all_nets: str | None = None,
+    dtype: bool = True,
+    checkpoint: bool = True,
 ) -> None:
     """Arguments for every sub-command that measures with a model; see :func:`load_model`.
 
     Args:
         all_nets: what ``--net all`` does, for a sub-command that takes it.
         dtype: whether the sub-command lets its user choose one; float32 otherwise.
+        checkpoint: whether it takes learned weights.
     """
     nets, help_of_net = tuple(TRUNKS), "trunk (default: alex)"
     if all_nets is not None:
@@ -76,6 +84,14 @@ def add_model_arguments(
         action="store_true",
         help="a random trunk, always the same: for trying things out, its numbers are not LPIPS",
     )
+    if checkpoint:
+        parser.add_argument(
+            "--checkpoint",
+            metavar="FILE",
+            help="learned weights, such as the model.pth of train; a trunk in it is used too",
+        )
+    else:
+        parser.set_defaults(checkpoint=None)
     parser.add_argument(
         "--device",
         type=argument_types.device,
@@ -88,6 +104,8 @@ def load_model(options: argparse.Namespace) -> LPIPS:
     from ..lpips import LPIPS
 
     to_device(torch.empty(0), options.device)  # before weights are looked for, and downloaded
+    if options.checkpoint is not None:
+        return _load_checkpoint(options)
     if options.random_trunk:
         tell("warning", "the trunk is random (--random-trunk): these numbers are not LPIPS")
         torch.manual_seed(0)
@@ -102,6 +120,73 @@ def load_model(options: argparse.Namespace) -> LPIPS:
         **model_options(options),
     )
     return to_device(in_dtype(model, options), options.device)
+
+
+def _load_checkpoint(options: argparse.Namespace) -> LPIPS:
+    """A model with learned weights; a trunk in the checkpoint spares the search for another."""
+    from ..lpips import LPIPS
+
+    for flag in ("baseline", "random_trunk"):
+        if getattr(options, flag):
+            name = flag.replace("_", "-")
+            raise CommandError(f"--checkpoint and --{name} exclude each other: leave one out")
+    checkpoint = read_state_dict(options.checkpoint)
+    keys = lpips_state_dict(checkpoint, options.net, options.checkpoint).keys()
+    holds_trunk = any(key.startswith("net.") for key in keys)
+    if holds_trunk and options.weights:
+        raise CommandError(f"{options.checkpoint} holds a trunk of its own: leave out --weights")
+    try:
+        model = LPIPS(
+            net=options.net,
+            version=options.version,
+            pnet_rand=holds_trunk,
+            model_path=options.checkpoint,
+            weights=options.weights,
+            normalization=options.normalization,
+            verbose=False,
+            **model_options(options),
+        )
+    except RuntimeError as error:
+        if "loading state_dict" not in str(error):
+            raise
+        raise CommandError(
+            f"{options.checkpoint} does not fit trunk {options.net!r}: "
+            "name its own trunk with --net"
+        ) from error
+    if holds_trunk:
+        absent = [key for key in model.net.state_dict() if f"net.{key}" not in keys]
+        if absent:
+            raise CommandError(
+                f"{options.checkpoint} holds only a part of trunk {options.net!r}: "
+                f"'net.{absent[0]}' is missing"
+            )
+    return to_device(in_dtype(model, options), options.device)
+
+
+def weights_text(options: argparse.Namespace, net: str, model: LPIPS) -> str:
+    """Which weights a model has: their files' names, and digests that no copying changes."""
+    if options.random_trunk:
+        source = "random, not LPIPS"
+    elif options.weights:
+        source = Path(options.weights).name
+    elif options.checkpoint:
+        source = "downloaded or of the checkpoint"
+    else:
+        location = locate_trunk_weights(net)
+        source = location.path.name if location else "downloaded"
+    text = f"{source}, SHA-256 of its convolutions {_digest(model.net)}"
+    if options.checkpoint:
+        learned = _digest(torch.nn.ModuleList(model.lins))
+        text += f"; {Path(options.checkpoint).name}, SHA-256 of its linear weights {learned}"
+    return text
+
+
+def _digest(module: torch.nn.Module) -> str:
+    digest = hashlib.sha256()
+    for _, tensor in sorted(module.state_dict().items()):
+        # As float32, so that float64 has the digest of the float32 that it was made of.
+        digest.update(tensor.detach().float().cpu().contiguous().numpy().tobytes())
+    return digest.hexdigest()[:16]
 
 
 def model_options(options: argparse.Namespace) -> dict[str, Any]:
@@ -136,6 +221,8 @@ def metric_name(options: argparse.Namespace) -> str:
         other += f", layer{plural} {layers_text(options)} only"
     if options.dtype != "float32":
         other += f", {options.dtype}"
+    if options.checkpoint:
+        other += f", weights of {options.checkpoint}"
     return f"{trunk}{metric} {options.net}, version {options.version}{other}"
 
 

@@ -6,18 +6,33 @@ import argparse
 import contextlib
 import json
 import math
-import os
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 
+from .. import fidelity
 from ..images.heatmap import PICTURE_SUFFIXES, save_heatmap, save_map_numbers
 from ..version import __version__
-from .command import Command, CommandError, add_json_argument, print_to
-from .image_files import add_alpha_argument, read_one_size, size_text
-from .model import add_model_arguments, distance_name, layer_names, load_model, metric_name
+from . import argument_types
+from .command import Command, CommandError, UsageError, add_json_argument, print_to
+from .image_files import (
+    add_image_arguments,
+    preprocessing,
+    read_one_size,
+    refuse_folders,
+    size_text,
+)
+from .model import (
+    add_model_arguments,
+    distance_name,
+    layer_names,
+    load_model,
+    metric_name,
+    weights_text,
+)
+from .outputs import check_output
 
 if TYPE_CHECKING:
     from ..lpips import LPIPS
@@ -27,7 +42,14 @@ def _add_pair_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("image0", metavar="A", help="an image file")
     parser.add_argument("image1", metavar="B", help="another, of the same size")
     add_model_arguments(parser)
-    add_alpha_argument(parser)
+    parser.add_argument(
+        "--metrics",
+        type=argument_types.metrics,
+        default=("lpips",),
+        metavar="lpips,psnr,ssim",
+        help="what to measure (default: lpips)",
+    )
+    add_image_arguments(parser)
     parser.add_argument(
         "--map",
         type=_picture_path,
@@ -46,24 +68,40 @@ def _picture_path(text: str) -> Path:
 
 
 def _run_pair(options: argparse.Namespace) -> None:
+    paths = (options.image0, options.image1)
+    refuse_folders(paths)
+    needs_model = "lpips" in options.metrics
+    if not needs_model and (options.map or options.per_layer):
+        wrong = "--map" if options.map else "--per-layer"
+        raise UsageError(f"{wrong} is of lpips, which is not among --metrics")
     if options.map:
-        _check_map_target(options)
-    in0, in1 = read_one_size((options.image0, options.image1), options.alpha)
+        for target in (options.map, options.map.with_suffix(".npy")):
+            check_output(target, paths)
+    in0, in1 = read_one_size(paths, options)
     # Whatever a library prints while it works is not part of the result.
     with contextlib.redirect_stdout(sys.stderr), torch.inference_mode():
-        model = load_model(options)
-        distance, layers = _measure(model, in0.to(options.device), in1.to(options.device))
-        map_report = _draw_map(model, options, in0, in1, distance) if options.map else None
+        fidelities = _fidelities(options, in0, in1)
+        distance, weights, map_report = None, None, None
+        layers: list[float] = []
+        if needs_model:
+            model = load_model(options)
+            weights = weights_text(options, options.net, model)
+            distance, layers = _measure(model, in0.to(options.device), in1.to(options.device))
+            map_report = _draw_map(model, options, in0, in1, distance) if options.map else None
 
     if options.json:
-        report = _pair_report(options, in0, distance, layers, map_report)
-        print(json.dumps(report, indent=2, allow_nan=False))
+        report = _pair_report(options, in0, distance, layers, fidelities, weights, map_report)
+        print_to(json.dumps(report, indent=2, allow_nan=False), sys.stdout)
         return
-    lines = [
-        f"Distance: {_rounded(distance)}",
-        f"  {options.image0}  vs  {options.image1}  ({size_text(in0)})",
-        f"  {metric_name(options)}, {options.device}",
-    ]
+    lines = []
+    for metric in options.metrics:
+        if distance is not None and metric == "lpips":
+            lines.append(f"Distance: {_rounded(distance)}")
+        else:
+            lines.append(f"{metric.upper()}: {_rounded(fidelities[metric])}")
+    lines.append(f"  {options.image0}  vs  {options.image1}  ({size_text(in0)})")
+    if needs_model:
+        lines.append(f"  {metric_name(options)}, {options.device}")
     if options.per_layer:
         named = zip(layer_names(options), layers, strict=True)
         lines += [f"  {name}: {_rounded(value)}" for name, value in named]
@@ -72,13 +110,18 @@ def _run_pair(options: argparse.Namespace) -> None:
     print_to("\n".join(lines), sys.stdout)
 
 
-def _check_map_target(options: argparse.Namespace) -> None:
-    """Before any work: the map's folder is there, and no image is in its way."""
-    if not options.map.parent.is_dir():
-        raise CommandError(f"cannot write {options.map}: its folder does not exist")
-    for image in (options.image0, options.image1):
-        if options.map.exists() and os.path.exists(image) and options.map.samefile(image):
-            raise CommandError(f"the map would overwrite {image}: name another file after --map")
+def _fidelities(
+    options: argparse.Namespace, in0: torch.Tensor, in1: torch.Tensor
+) -> dict[str, float]:
+    """PSNR and SSIM, of what is asked for."""
+    # Back to 8-bit values: rounding takes away what the way to [-1, 1] added.
+    values = [((image.double() + 1) * 127.5).round() for image in (in0, in1)]
+    known = {"psnr": fidelity.psnr, "ssim": fidelity.ssim}
+    return {
+        name: float(measure(*values, data_range=255))
+        for name, measure in known.items()
+        if name in options.metrics
+    }
 
 
 def _measure(model: LPIPS, in0: torch.Tensor, in1: torch.Tensor) -> tuple[float, list[float]]:
@@ -124,13 +167,17 @@ def _draw_map(
 def _pair_report(
     options: argparse.Namespace,
     in0: torch.Tensor,
-    distance: float,
+    distance: float | None,
     layers: list[float],
+    fidelities: dict[str, float],
+    weights: str | None,
     map_report: dict[str, Any] | None,
 ) -> dict[str, Any]:
     height, width = in0.shape[-2:]
     return {
         "distance": distance,
+        # Of identical images PSNR is infinite, which JSON has no number for.
+        **{name: x if math.isfinite(x) else None for name, x in fidelities.items()},
         "layers": layers,
         "layer_names": layer_names(options),
         "metric": "baseline" if options.baseline else "lpips",
@@ -138,11 +185,13 @@ def _pair_report(
         "version": options.version,
         "normalization": options.normalization,
         "trunk": "random" if options.random_trunk else "pretrained",
-        "weights": options.weights,
+        "weights": weights,
+        "checkpoint": options.checkpoint,
         "images": [
             {"path": path, "width": width, "height": height}
             for path in (options.image0, options.image1)
         ],
+        **preprocessing(options).words,
         "alpha": options.alpha,
         "map": map_report,
         "device": str(options.device),
@@ -152,9 +201,9 @@ def _pair_report(
     }
 
 
-def _rounded(distance: float) -> str:
-    # Three decimals as the original prints, but small distances keep three digits.
-    return f"{distance:.3f}" if distance == 0 or abs(distance) >= 0.1 else f"{distance:.3g}"
+def _rounded(number: float) -> str:
+    """Six decimals, as the mean of a folder; small numbers keep six digits."""
+    return f"{number:.6f}" if number == 0 or abs(number) >= 1e-3 else f"{number:.6g}"
 
 
 COMMAND = Command("print the distance between two images", _add_pair_arguments, _run_pair)

@@ -1,4 +1,4 @@
-"""``lpips-fast pairwise DIR``: every image of a folder with every other, and their diversity."""
+"""``lpips-fast pairwise DIR [DIR]``: every image of a folder with every other, or of two."""
 
 from __future__ import annotations
 
@@ -6,29 +6,37 @@ import argparse
 import contextlib
 import json
 import math
-import os
 import re
 import sys
-from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, BinaryIO
 
 import numpy as np
 import torch
 
-from ..folders.pairing import list_images
-from ..images.reading import ImageError, image_to_tensor, read_image_uint8
+from ..folders import csv_text
+from ..folders.folder_images import FolderImages, Reading
 from ..pairs.all_pairs import DEFAULT_MEMORY_LIMIT, mean_diversity, pairwise, plan
 from ..pairs.embedding import euclidean_weights
 from ..version import __version__
-from .command import PROGRAM, Command, CommandError, add_json_argument, print_to, tell
-from .image_files import add_alpha_argument
-from .model import add_model_arguments, distance_name, layer_names, load_model, metric_name
+from ..weights.whole_files import appearing
+from .command import Command, CommandError, UsageError, add_json_argument, print_to, tell
+from .image_files import add_image_arguments, preprocessing
+from .model import (
+    add_model_arguments,
+    distance_name,
+    layer_names,
+    load_model,
+    metric_name,
+    weights_text,
+)
+from .outputs import check_output
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
+
+    from ..lpips import LPIPS
 
 _MATRIX_SUFFIXES = (".npy", ".csv")
 # One part in so many of the memory keeps decoded images.
@@ -38,18 +46,29 @@ _UNITS = {"": 1, "K": 2**10, "M": 2**20, "G": 2**30, "T": 2**40}
 
 def _add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("folder", metavar="DIR", help="a folder of images, all of one size")
+    parser.add_argument(
+        "other", metavar="DIR", nargs="?", help="another: all of the first with all of this one"
+    )
     add_model_arguments(parser)
-    parser.add_argument("--recursive", action="store_true", help="look into its folders too")
-    add_alpha_argument(parser)
+    parser.add_argument("--recursive", action="store_true", help="look into their folders too")
+    add_image_arguments(parser)
     parser.add_argument(
         "-o",
         "--output",
         type=_matrix_path,
         metavar="OUT",
-        help="write the matrix: OUT.csv with file names in it, or OUT.npy with OUT.json beside it; "
-        "and draw it as OUT.png",
+        help="write the matrix: OUT.csv with file names in it, or OUT.npy; beside it OUT.json says "
+        "how it was made, and OUT.png shows it",
     )
     parser.add_argument("--no-picture", action="store_true", help="do not draw the matrix")
+    add_memory_argument(parser)
+    parser.add_argument(
+        "--plan", action="store_true", help="say what would be held and computed, and end there"
+    )
+    add_json_argument(parser)
+
+
+def add_memory_argument(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--memory-limit",
         type=_bytes,
@@ -57,10 +76,6 @@ def _add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="SIZE",
         help="memory to take beside the model, for example 8G (default: 4G); less takes longer",
     )
-    parser.add_argument(
-        "--plan", action="store_true", help="say what would be held and computed, and end there"
-    )
-    add_json_argument(parser)
 
 
 def _matrix_path(text: str) -> Path:
@@ -79,62 +94,119 @@ def _bytes(text: str) -> int:
 
 def _run(options: argparse.Namespace) -> None:
     _check_targets(options)
-    names = _list(options)
-    images = _Images.read(options, names)
-    if len(images) < 2:
-        count = f"{len(images)} readable image{'' if len(images) == 1 else 's'}"
+    rows = read_folder(options.folder, options)
+    columns = None if options.other is None else read_folder(options.other, options)
+    if columns is None and len(rows) < 2:
+        count = f"{len(rows)} readable image{'' if len(rows) == 1 else 's'}"
         raise CommandError(f"{options.folder} holds {count}, and at least 2 are needed")
     # Whatever a library prints while it works is not part of the result.
     with contextlib.redirect_stdout(sys.stderr):
         model = load_model(options)
-        euclidean_weights(model)  # before any work, and before a plan: is there a matrix to be had
-        if min(images.size) < model.minimum_size:
-            raise CommandError(
-                f"the images of {options.folder} have {images.size[1]}x{images.size[0]} pixels, "
-                f"and trunk {options.net!r} needs at least {model.minimum_size}x"
-                f"{model.minimum_size}; resize or pad them"
-            )
-        limit = options.memory_limit - images.nbytes()
-        scheme = plan(model, len(images), images.size, memory_limit=limit)
+        check_comparable(options, model, rows, columns)
+        limit = memory_left(options, rows, columns)
+        others = None if columns is None else len(columns)
+        scheme = plan(model, len(rows), rows.size, others, memory_limit=limit)
         if not options.plan:
-            with _bar("comparing", scheme.trunk_passes) as advance:
-                matrix = pairwise(model, images, memory_limit=limit, progress=advance).cpu()
+            with bar_of("comparing", scheme.trunk_passes) as advance:
+                matrix = pairwise(model, rows, columns, memory_limit=limit, progress=advance).cpu()
             if not bool(torch.isfinite(matrix).all()):
                 raise CommandError("some distances are NaN: the trunk's weights must be damaged")
     if options.plan:
         print_to(str(scheme), sys.stdout)
         return
 
-    report = _report(options, images, matrix)
+    report = _report(options, model, rows, columns, matrix)
     if options.output:
-        _write_matrix(options, images, matrix.numpy(), report)
+        _write_matrix(options, rows, columns or rows, matrix.numpy(), report)
     if options.json:
-        print(json.dumps(report, indent=2, allow_nan=False))
+        print_to(json.dumps(report, indent=2, allow_nan=False), sys.stdout)
     else:
-        print_to(_words(options, images, report), sys.stdout)
-    if images.unreadable:
-        lost = len(images.unreadable)
+        print_to(_words(options, rows, columns, report), sys.stdout)
+    refuse_unreadable(rows, columns)
+
+
+def read_folder(folder: str, options: argparse.Namespace) -> FolderImages:
+    """The images of a folder, of which those that cannot be read are told."""
+    if Path(folder).is_file():
+        raise UsageError(f"{folder} is a file: two images are compared by lpips-fast pair A B")
+    with contextlib.ExitStack() as stack:
+        images = FolderImages.read(
+            folder,
+            Reading(options.alpha, options.max_pixels, preprocessing(options)),
+            recursive=options.recursive,
+            memory=options.memory_limit // _CACHE_SHARE,
+            started=lambda count: stack.enter_context(bar_of("reading", count)),
+        )
+    others = len(images.listing.others)
+    if others:
+        tell("note", f"{others} files of {folder} are no images by their names")
+    for reason in images.listing.not_listed:
+        tell("warning", f"cannot look into {reason}")
+    for message in images.unreadable.values():
+        tell("warning", f"{message}; it is left out")
+    return images
+
+
+def refuse_unreadable(*folders: FolderImages | None) -> None:
+    """At the end: what could not be read is not part of the result."""
+    known = [images for images in folders if images is not None]
+    lost = sum(len(images.unreadable) for images in known)
+    if lost:
+        count = lost + sum(map(len, known))
         raise CommandError(
-            f"{lost} of {len(names)} images could not be read and {'is' if lost == 1 else 'are'} "
+            f"{lost} of {count} images could not be read and {'is' if lost == 1 else 'are'} "
             "not part of the result"
         )
+
+
+def check_comparable(
+    options: argparse.Namespace, model: LPIPS, rows: FolderImages, columns: FolderImages | None
+) -> None:
+    """Before any work, and before a plan: is there a matrix to be had."""
+    euclidean_weights(model)
+    for images in (rows, rows if columns is None else columns):
+        size = f"{images.size[1]}x{images.size[0]}"
+        if not len(images):
+            raise CommandError(f"{images.folder} holds no readable image")
+        if min(images.size) < model.minimum_size:
+            raise CommandError(
+                f"the images of {images.folder} have {size} pixels, and trunk {options.net!r} "
+                f"needs at least {model.minimum_size}x{model.minimum_size}; --resize enlarges them"
+            )
+        if images.size != rows.size:
+            raise CommandError(
+                f"the images of {rows.folder} have {rows.size[1]}x{rows.size[0]} pixels and those "
+                f"of {images.folder} {size}; --resize or --crop brings them to one size"
+            )
+
+
+def memory_left(
+    options: argparse.Namespace, rows: FolderImages, columns: FolderImages | None
+) -> int:
+    """What decoded images leave of the memory."""
+    taken = rows.nbytes() + (0 if columns is None else columns.nbytes())
+    left: int = options.memory_limit - taken
+    return left
 
 
 def _check_targets(options: argparse.Namespace) -> None:
     """Before any work: where the output goes can be written to, and is not among the images."""
     if not options.output:
         return
-    parent = options.output.parent
-    if not parent.is_dir():
-        raise CommandError(f"cannot write {options.output}: its folder does not exist")
+    for target in _targets(options):
+        check_output(target, [options.checkpoint] if options.checkpoint else [])
     if options.no_picture:
         return
-    parent, folder = parent.resolve(), Path(options.folder).resolve()
-    if parent == folder or (options.recursive and parent.is_relative_to(folder)):
-        raise CommandError(
-            f"the picture {_picture_path(options)} would be among the images of {options.folder}: "
-            "name another folder after --output, or pass --no-picture"
-        )
+    parent = options.output.parent.resolve()
+    for folder in (options.folder, options.other):
+        if folder is None:
+            continue
+        root = Path(folder).resolve()
+        if parent == root or (options.recursive and parent.is_relative_to(root)):
+            raise CommandError(
+                f"the picture {_picture_path(options)} would be among the images of {folder}: "
+                "name another folder after --output, or pass --no-picture"
+            )
     try:
         import matplotlib  # noqa: F401
     except ImportError as error:
@@ -144,112 +216,22 @@ def _check_targets(options: argparse.Namespace) -> None:
         ) from error
 
 
+def _targets(options: argparse.Namespace) -> list[Path]:
+    output: Path = options.output
+    picture = [] if options.no_picture else [_picture_path(options)]
+    return [output, output.with_suffix(".json"), *picture]
+
+
 def _picture_path(options: argparse.Namespace) -> Path:
     output: Path = options.output
     return output.with_suffix(".png")
 
 
-def _list(options: argparse.Namespace) -> list[str]:
-    names = list_images(options.folder, recursive=options.recursive)
-    if not options.recursive:
-        files = [p for p in Path(options.folder).iterdir() if p.is_file() and p.name[0] != "."]
-        others = len(files) - len(names)
-        if others > 0:
-            tell("note", f"{others} files of {options.folder} are no images by their names")
-    return names
-
-
-# ---------------------------------------------------------------------------------- the images
-
-
-@dataclass
-class _Images(Sequence[torch.Tensor]):
-    """The readable images of a folder; decoded once as long as memory allows, else when needed."""
-
-    folder: Path
-    alpha: Any
-    names: list[str]
-    size: tuple[int, int]
-    decoded: dict[str, NDArray[np.uint8]]
-    unreadable: dict[str, str]
-
-    @classmethod
-    def read(cls, options: argparse.Namespace, names: list[str]) -> _Images:
-        """Read every image once, which finds the damaged ones before the work begins."""
-        folder = Path(options.folder)
-        room = options.memory_limit // _CACHE_SHARE
-        decoded: dict[str, NDArray[np.uint8]] = {}
-        sizes: dict[str, tuple[int, int]] = {}
-        unreadable: dict[str, str] = {}
-
-        def read(name: str) -> NDArray[np.uint8] | str:
-            try:
-                return read_image_uint8(folder / name, alpha=options.alpha)
-            except ImageError as error:
-                return str(error)
-
-        with ThreadPoolExecutor(os.cpu_count()) as pool, _bar("reading", len(names)) as advance:
-            for name, image in zip(names, _in_order(pool, read, names)):
-                advance(1)
-                if isinstance(image, str):
-                    unreadable[name] = image
-                    continue
-                sizes[name] = (image.shape[0], image.shape[1])
-                if image.nbytes <= room:
-                    decoded[name] = image
-                    room -= image.nbytes
-        for message in unreadable.values():
-            tell("warning", f"{message}; it is left out")
-        size = _common_size(folder, sizes)
-        return cls(folder, options.alpha, list(sizes), size, decoded, unreadable)
-
-    def nbytes(self) -> int:
-        return sum(image.nbytes for image in self.decoded.values())
-
-    def __len__(self) -> int:
-        return len(self.names)
-
-    def __getitem__(self, position: Any) -> Any:
-        name = self.names[position]
-        image = self.decoded.get(name)
-        if image is None:
-            image = read_image_uint8(self.folder / name, alpha=self.alpha)
-        return image_to_tensor(image)
-
-
-def _in_order(
-    pool: ThreadPoolExecutor,
-    read: Callable[[str], NDArray[np.uint8] | str],
-    names: list[str],
-) -> Iterator[NDArray[np.uint8] | str]:
-    """What ``pool.map`` yields, but some images ahead instead of all: memory stays bounded."""
-    ahead = 2 * (os.cpu_count() or 1)
-    pending = [pool.submit(read, name) for name in names[:ahead]]
-    for position in range(len(names)):
-        result = pending.pop(0).result()
-        if position + ahead < len(names):
-            pending.append(pool.submit(read, names[position + ahead]))
-        yield result
-
-
-def _common_size(folder: Path, sizes: dict[str, tuple[int, int]]) -> tuple[int, int]:
-    first: dict[tuple[int, int], str] = {}
-    for name, size in sizes.items():
-        first.setdefault(size, name)
-    if len(first) > 1:
-        some = ", ".join(f"{name} is {size[1]}x{size[0]}" for size, name in list(first.items())[:3])
-        raise CommandError(
-            f"the images of {folder} have {len(first)} different sizes ({some} pixels): "
-            "resize or crop them to one size first"
-        )
-    return next(iter(first), (0, 0))
-
-
 @contextlib.contextmanager
-def _bar(what: str, total: int) -> Iterator[Callable[[int], None]]:
+def bar_of(what: str, total: int) -> Iterator[Callable[[int], None]]:
+    """A bar on standard error, and only where somebody looks at it."""
     from tqdm import tqdm
 
-    # On standard error, and only where somebody looks at it.
     with tqdm(total=total, desc=what, unit=" images", file=sys.stderr, disable=None) as bar:
 
         def advance(count: int) -> None:
@@ -263,28 +245,46 @@ def _bar(what: str, total: int) -> Iterator[Callable[[int], None]]:
 # ---------------------------------------------------------------------------------- the result
 
 
-def _report(options: argparse.Namespace, images: _Images, matrix: torch.Tensor) -> dict[str, Any]:
-    mean, error = mean_diversity(matrix)
-    count = len(images)
-    apart = matrix.clone().fill_diagonal_(math.inf)
-    i, j = divmod(int(apart.argmin()), count)
+def _report(
+    options: argparse.Namespace,
+    model: LPIPS,
+    rows: FolderImages,
+    columns: FolderImages | None,
+    matrix: torch.Tensor,
+) -> dict[str, Any]:
+    if columns is None:
+        mean, error = mean_diversity(matrix)
+        pairs = len(rows) * (len(rows) - 1) // 2
+        apart = matrix.clone().fill_diagonal_(math.inf)
+    else:
+        # Rows and columns share images: no simple standard error is right.
+        mean, error = float(matrix.double().mean()), math.nan
+        pairs = matrix.numel()
+        apart = matrix
+    i, j = divmod(int(apart.argmin()), matrix.shape[1])
+    others = rows if columns is None else columns
     return {
         "mean": mean,
         "standard_error": None if math.isnan(error) else error,
-        "images": count,
-        "pairs": count * (count - 1) // 2,
-        "closest": {"names": [images.names[i], images.names[j]], "distance": float(matrix[i, j])},
+        "images": len(rows),
+        **({} if columns is None else {"others": len(columns)}),
+        "pairs": pairs,
+        "closest": {"names": [rows.names[i], others.names[j]], "distance": float(matrix[i, j])},
         "metric": "baseline" if options.baseline else "lpips",
         "net": options.net,
         "version": options.version,
+        "normalization": options.normalization,
         "trunk": "random" if options.random_trunk else "pretrained",
-        "weights": options.weights,
+        "weights": weights_text(options, options.net, model),
         "folder": options.folder,
-        "width": images.size[1],
-        "height": images.size[0],
+        **({} if columns is None else {"other_folder": options.other}),
+        "width": rows.size[1],
+        "height": rows.size[0],
+        **preprocessing(options).words,
         "alpha": options.alpha,
-        "names": images.names,
-        "unreadable": images.unreadable,
+        "names": rows.names,
+        **({} if columns is None else {"other_names": columns.names}),
+        "unreadable": {**rows.unreadable, **(columns.unreadable if columns else {})},
         "matrix": str(options.output) if options.output else None,
         "picture": _picture(options),
         "device": str(options.device),
@@ -295,102 +295,77 @@ def _report(options: argparse.Namespace, images: _Images, matrix: torch.Tensor) 
     }
 
 
-def _names_path(options: argparse.Namespace) -> Path | None:
-    """Where the names go that a .npy file has no place for."""
-    output: Path = options.output
-    return output.with_suffix(".json") if output.suffix.lower() == ".npy" else None
-
-
 def _picture(options: argparse.Namespace) -> str | None:
     return str(_picture_path(options)) if options.output and not options.no_picture else None
 
 
 def _mean_text(report: dict[str, Any]) -> str:
     error = report["standard_error"]
-    return f"{report['mean']:.4f}" + ("" if error is None else f" ± {error:.4f}")
+    return f"{report['mean']:.6f}" + ("" if error is None else f" ± {error:.6f}")
 
 
-def _words(options: argparse.Namespace, images: _Images, report: dict[str, Any]) -> str:
+def _words(
+    options: argparse.Namespace,
+    rows: FolderImages,
+    columns: FolderImages | None,
+    report: dict[str, Any],
+) -> str:
+    size = f"{rows.size[1]}x{rows.size[0]}"
+    of = f"{options.folder}: {report['images']:,} images of {size}"
+    if columns is not None:
+        of += f", with {options.other}: {len(columns):,}"
     lines = [
         f"Mean distance: {_mean_text(report)}",
-        f"  {options.folder}: {report['images']:,} images of {images.size[1]}x{images.size[0]}, "
-        f"{report['pairs']:,} pairs",
+        f"  {of}, {report['pairs']:,} pairs",
         f"  {metric_name(options)}, {options.device}",
         f"  closest: {report['closest']['names'][0]}  and  {report['closest']['names'][1]}, "
-        f"{report['closest']['distance']:.4g}",
+        f"{report['closest']['distance']:.6f}",
     ]
     if report["standard_error"] is not None:
         lines.insert(1, "  (± standard error, by the jackknife over images)")
     if options.output:
-        written = [report["matrix"], _names_path(options), report["picture"]]
-        lines.append(f"  written: {', '.join(str(path) for path in written if path)}")
+        lines.append(f"  written: {', '.join(map(str, _targets(options)))}")
     return "\n".join(lines)
 
 
 def _write_matrix(
     options: argparse.Namespace,
-    images: _Images,
+    rows: FolderImages,
+    columns: FolderImages,
     matrix: NDArray[np.floating[Any]],
     report: dict[str, Any],
 ) -> None:
-    names_path = _names_path(options)
-    with _replacing(options.output) as file:
-        if names_path is None:
-            file.write(_csv_text(options, images, matrix, report))
+    with replacing(options.output) as file:
+        if options.output.suffix.lower() == ".csv":
+            file.write(_csv_text(rows.names, columns.names, matrix))
         else:
             np.save(file, matrix)
-    if names_path is not None:
-        with _replacing(names_path) as file:
-            file.write(json.dumps(report, indent=2, allow_nan=False).encode())
+    with replacing(options.output.with_suffix(".json")) as file:
+        file.write(json.dumps(report, indent=2, allow_nan=False).encode())
     if not options.no_picture:
-        with _replacing(_picture_path(options)) as file:
-            _draw(options, images, matrix, report, file)
+        with replacing(_picture_path(options)) as file:
+            _draw(options, rows, columns, matrix, report, file)
 
 
 @contextlib.contextmanager
-def _replacing(path: Path) -> Iterator[BinaryIO]:
+def replacing(path: Path) -> Iterator[BinaryIO]:
     """A file that takes its place when it is complete: a full disk leaves no half of it."""
-    partial = path.with_name(f"{path.name}.part")
     try:
-        with open(partial, "wb") as file:
+        with appearing(path) as file:
             yield file
-        os.replace(partial, path)
     except OSError as error:
         raise CommandError(f"cannot write {path}: {error.strerror or error}") from error
-    finally:
-        partial.unlink(missing_ok=True)
 
 
-def _csv_text(
-    options: argparse.Namespace,
-    images: _Images,
-    matrix: NDArray[np.floating[Any]],
-    report: dict[str, Any],
-) -> bytes:
-    error = report["standard_error"]
-    facts = {
-        PROGRAM: __version__,
-        "metric": metric_name(options),
-        "dtype": report["dtype"],
-        "image size": f"{images.size[1]}x{images.size[0]}",
-        "alpha": options.alpha,
-        "images": len(images),
-        "images that could not be read": len(images.unreadable),
-        "mean of different images": f"{report['mean']:.8f}",
-        "standard error": "none" if error is None else f"{error:.8f}",
-    }
-    lines = [f"# {key}: {value}" for key, value in facts.items()]
-    lines.append(",".join(["name", *map(_quoted, images.names)]))
+def _csv_text(rows: list[str], columns: list[str], matrix: NDArray[np.floating[Any]]) -> bytes:
+    """A header row with the names of the columns' images, and a row for each of the others."""
     # So many digits give float32, or float64, back to the bit.
     digits = 17 if matrix.dtype == np.float64 else 9
-    for name, row in zip(images.names, matrix.tolist()):
-        lines.append(",".join([_quoted(name), *(f"{value:.{digits}g}" for value in row)]))
-    return ("\n".join(lines) + "\n").encode("utf-8", "backslashreplace")
-
-
-def _quoted(name: str) -> str:
-    # Quoted whatever it holds: to readers that know comments, a bare # would begin one.
-    return '"' + name.replace('"', '""') + '"'
+    lines = [csv_text.line(["name", *map(csv_text.disarmed, columns)])]
+    for name, numbers in zip(rows, matrix.tolist()):
+        cells = [csv_text.disarmed(name), *(f"{number:.{digits}g}" for number in numbers)]
+        lines.append(csv_text.line(cells))
+    return "".join(lines).encode("utf-8")
 
 
 # ---------------------------------------------------------------------------------- the picture
@@ -402,7 +377,8 @@ _DPI = 150
 
 def _draw(
     options: argparse.Namespace,
-    images: _Images,
+    rows: FolderImages,
+    columns: FolderImages,
     matrix: NDArray[np.floating[Any]],
     report: dict[str, Any],
     file: BinaryIO,
@@ -410,28 +386,33 @@ def _draw(
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
-    count = len(images)
-    named, numbered = count <= _NAMES_UP_TO, count <= _NUMBERS_UP_TO
-    side = max(3.6, 0.52 * count) if numbered else max(6.2, 0.21 * count) if named else 7.0
-    figure = Figure(figsize=(side + 3.0, side + 2.2), layout="constrained")
+    counts = len(columns), len(rows)  # across, down
+    named, numbered = max(counts) <= _NAMES_UP_TO, max(counts) <= _NUMBERS_UP_TO
+    width, height = (
+        max(3.6, 0.52 * count) if numbered else max(6.2, 0.21 * count) if named else 7.0
+        for count in counts
+    )
+    figure = Figure(figsize=(width + 3.0, height + 2.2), layout="constrained")
     FigureCanvasAgg(figure)
     axes = figure.add_subplot()
-    # Images that are alike are dark. The diagonal is 0 and says nothing of the scale.
-    picture = axes.imshow(matrix, cmap="magma", vmin=0, vmax=max(float(matrix.max()), 1e-12))
+    # Images that are alike are dark. The diagonal of one folder is 0 and says nothing of the scale.
+    picture = axes.imshow(
+        matrix, cmap="magma", vmin=0, vmax=max(float(matrix.max()), 1e-12), aspect="auto"
+    )
     bar = figure.colorbar(picture, ax=axes, fraction=0.05, pad=0.02)
     bar.set_label(distance_name(options), fontsize=10)
     bar.ax.tick_params(labelsize=9)
     if named:
-        labels = [_shortened(name) for name in images.names]
         # File names hold dollar signs; parse_math=False keeps them from being read as formulas.
-        axes.set_xticks(range(count), labels, rotation=90, fontsize=8, parse_math=False)
-        axes.set_yticks(range(count), labels, fontsize=8, parse_math=False)
+        across, down = (list(map(_shortened, images.names)) for images in (columns, rows))
+        axes.set_xticks(range(counts[0]), across, rotation=90, fontsize=8, parse_math=False)
+        axes.set_yticks(range(counts[1]), down, fontsize=8, parse_math=False)
     else:
         axes.set_xlabel("image, in the order of the names", fontsize=9)
         axes.set_ylabel("image", fontsize=9)
     if numbered:
         bright = 0.6 * float(matrix.max())
-        for i, j in np.ndindex(count, count):
+        for i, j in np.ndindex(*matrix.shape):
             value = float(matrix[i, j])
             axes.text(
                 *(j, i, f"{value:.2f}" if value else "0"),
@@ -440,8 +421,9 @@ def _draw(
                 fontsize=7.5,
                 color="black" if value > bright else "white",
             )
+    compared = f"{len(rows):,}" if options.other is None else f"{len(rows):,} by {len(columns):,}"
     figure.suptitle(
-        f"Mean distance {_mean_text(report)} of {count:,} images\n{metric_name(options)}",
+        f"Mean distance {_mean_text(report)} of {compared} images\n{metric_name(options)}",
         fontsize=11,
         parse_math=False,
     )
@@ -453,4 +435,6 @@ def _shortened(name: str) -> str:
     return name if len(name) <= 24 else "…" + name[-23:]
 
 
-COMMAND = Command("compare all images of a folder with each other", _add_arguments, _run)
+COMMAND = Command(
+    "compare all images of a folder with each other, or with all of another", _add_arguments, _run
+)

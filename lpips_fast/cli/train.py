@@ -45,7 +45,7 @@ def _add_train_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="DIR",
         help="2AFC sub-sets to score after each epoch; may be given several times",
     )
-    add_model_arguments(parser, dtype=False)
+    add_model_arguments(parser, dtype=False, checkpoint=False)
     parser.add_argument(
         "--mode",
         choices=get_args(Mode),

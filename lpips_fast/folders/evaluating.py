@@ -27,8 +27,10 @@ from typing import TYPE_CHECKING, TypeVar
 import numpy as np
 import torch
 
-from ..images.reading import Alpha, image_to_tensor, read_image_uint8
+from ..images.files import Fingerprint
+from ..images.reading import Alpha, ImageError, read_pixels
 from ..images.resizing import Preprocessing
+from .measures import Batch, Distance, Measure
 from .pairing import Pair
 
 if TYPE_CHECKING:
@@ -67,14 +69,17 @@ class Row:
     """The outcome of one pair.
 
     Attributes:
-        name: the pair's.
-        distances: one per model; ``None`` where it could not be measured.
+        name, folder: the pair's.
+        values: one a column; ``None`` where it could not be measured.
         error: why not, in one sentence; empty if all could.
+        files: by what the two files are known again; ``None`` of one that could not be read.
     """
 
     name: str
-    distances: tuple[float | None, ...]
+    values: tuple[float | None, ...]
     error: str = ""
+    folder: str = ""
+    files: tuple[Fingerprint | None, Fingerprint | None] = (None, None)
 
 
 def default_workers(processes: int = 1) -> int:
@@ -90,11 +95,12 @@ class Evaluation:
     """Measures pairs of image files.
 
     Args:
-        models: one or several :class:`~lpips_fast.LPIPS`, all on one device, in evaluation mode;
-            an image is decoded once for all of them.
+        measures: one or several :class:`~lpips_fast.LPIPS` in evaluation mode, or other measures
+            of :mod:`.measures`, all on one device; an image is decoded once for all of them.
+        device: where to measure; by default where the models are, or the CPU.
         folders: where the files lie. When one of them vanishes, the evaluation ends with
             :class:`FolderGoneError` instead of an error in every further row.
-        alpha: as for :func:`lpips_fast.images.read_image`.
+        alpha, max_pixels: as for :func:`lpips_fast.images.read_image`.
         preprocessing: resizing and cropping; by default none.
         batch: at most so many pairs of one size are measured in one call.
         workers: threads; by default one for each core that the process may use.
@@ -105,15 +111,20 @@ class Evaluation:
     >>> with Evaluation([LPIPS(net="alex")]) as evaluation:     # doctest: +SKIP
     ...     for rows in evaluation.rows(pairs):
     ...         print(rows)
-    [Row(name='1.png', distances=(0.123,), error='')]
+    [Row(name='1.png', values=(0.123,), …)]
+
+    Attributes:
+        columns: of the numbers of a row.
     """
 
     def __init__(
         self,
-        models: Sequence[LPIPS],
+        measures: Sequence[LPIPS | Measure],
         *,
+        device: torch.device | None = None,
         folders: Iterable[str | os.PathLike[str]] = (),
         alpha: Alpha = "white",
+        max_pixels: int | None = None,
         preprocessing: Preprocessing | None = None,
         batch: int = 16,
         workers: int | None = None,
@@ -122,19 +133,26 @@ class Evaluation:
             raise ValueError(f"batch is {batch}, expected at least 1")
         if workers is not None and workers < 1:
             raise ValueError(f"workers is {workers}, expected at least 1")
-        self.models = list(models)
-        if any(model.spatial or model.reduction != "none" for model in self.models):
-            raise ValueError(
-                "an evaluation needs one distance a pair: models with spatial=False and "
-                "reduction='none'"
-            )
-        self.device = self.models[0].scaling_layer.shift.device
+        self.measures: list[Measure] = [
+            Distance(measure) if isinstance(measure, torch.nn.Module) else measure
+            for measure in measures
+        ]
+        self.columns = [column for measure in self.measures for column in measure.columns]
+        self._may_be_infinite = [
+            measure.may_be_infinite for measure in self.measures for _ in measure.columns
+        ]
+        models = [measure.model for measure in self.measures if isinstance(measure, Distance)]
+        places = {model.scaling_layer.shift.device for model in models}
+        self.device = device or next(iter(places), torch.device("cpu"))
         self.folders = [Path(folder) for folder in folders]
         self.alpha: Alpha = alpha
+        self.max_pixels = max_pixels
         self.preprocessing = preprocessing or Preprocessing()
         self.batch = batch
         self.workers = workers or default_workers()
-        bytes_per_pixel = max(_BYTES_PER_PIXEL.get(m.net_name, 1050) for m in self.models)
+        bytes_per_pixel = max(
+            (_BYTES_PER_PIXEL.get(model.net_name, 1050) for model in models), default=100
+        )
         # One at a time on a GPU: it runs one after the other anyway, and memory is scarcer.
         pixels = 0 if self.device.type != "cpu" else _physical_memory() // 2 // bytes_per_pixel
         self._room = _Room(pixels)
@@ -181,13 +199,14 @@ class Evaluation:
         rows: list[Row | None] = [None] * len(pairs)
         waiting: dict[tuple[int, ...], list[_Decoded]] = {}
         pixels_waiting = 0
+        decoded: _Decoded | None = None
         for index, pair in enumerate(pairs):
             if self._stop.is_set():
                 raise StoppedError("the evaluation was stopped")
             try:
-                decoded = self._read(index, pair)
-            except ValueError as error:  # ImageError is one
-                rows[index] = self._failed(pair, str(error))
+                decoded = self._read(index, pair, decoded)
+            except (ValueError, MemoryError) as error:  # ImageError is one
+                rows[index] = self._failed(pair, str(error) or "there is no memory to resize it")
                 continue
             group = waiting.setdefault(decoded.size, [])
             group.append(decoded)
@@ -209,20 +228,25 @@ class Evaluation:
 
     # ---------------------------------------------------------------------------- one pair
 
-    def _read(self, index: int, pair: Pair) -> _Decoded:
-        image0, image1 = (
-            self.preprocessing(read_image_uint8(path, alpha=self.alpha))
-            for path in (pair.path0, pair.path1)
-        )
+    def _read(self, index: int, pair: Pair, before: _Decoded | None) -> _Decoded:
+        if before is not None and before.path0 == pair.path0:  # it is compared with several
+            image0, file0 = before.image0, before.files[0]
+        else:
+            image0, file0 = self._read_one(pair.path0)
+        image1, file1 = self._read_one(pair.path1)
         if image0.shape != image1.shape:
-            raise ValueError(
+            raise ImageError(
                 f"the images differ in size, {_size(image0.shape)} and {_size(image1.shape)} "
                 "pixels; crop or resize them"
             )
-        return _Decoded(index, image0, image1)
+        return _Decoded(index, image0, image1, (file0, file1), pair.path0)
+
+    def _read_one(self, path: Path) -> tuple[NDArray[np.uint8], Fingerprint]:
+        image, file = read_pixels(path, alpha=self.alpha, max_pixels=self.max_pixels)
+        return self.preprocessing(image), file
 
     def _failed(self, pair: Pair, reason: str) -> Row:
-        return Row(pair.name, (None,) * len(self.models), reason)
+        return Row(pair.name, (None,) * len(self.columns), reason, pair.folder)
 
     def _check_folders(self) -> None:
         for folder in self.folders:
@@ -248,32 +272,56 @@ class Evaluation:
         """Measure images of one size and put their rows in place."""
         if self._stop.is_set():
             raise StoppedError("the evaluation was stopped")
-        pixels, size = group[0].pixels, group[0].size
-        per_model: list[list[float | None]] = []
-        reasons = []
-        with self._room.take(pixels * len(group)), torch.inference_mode():
-            in0, in1 = (
-                torch.cat([image_to_tensor(image) for image in images]).to(self.device)
-                for images in zip(*((d.image0, d.image1) for d in group))
+        try:
+            with self._room.take(group[0].pixels * len(group)), torch.inference_mode():
+                values, reasons = self._measured(group)
+        except (MemoryError, RuntimeError) as error:
+            if not _is_out_of_memory(error):
+                raise
+            if len(group) > 1:  # together they do not fit; one by one they may
+                for decoded in group:
+                    self._compute([decoded], pairs, rows)
+                return
+            pair = pairs[group[0].index]
+            rows[group[0].index] = self._failed(
+                pair,
+                f"there is no memory to measure {_size(group[0].size)} pixels: '{pair.path0}' and "
+                f"'{pair.path1}'; resize or crop them",
             )
-            for model in self.models:
-                if min(size) < model.minimum_size:
-                    per_model.append([None] * len(group))
-                    reasons.append(
-                        f"{_size(size)} pixels are too small for trunk {model.pnet_type!r}, which "
-                        f"needs {model.minimum_size}x{model.minimum_size}"
+            return
+        for decoded, numbers in zip(group, values):
+            wrong = []
+            known = []
+            for column, may_be_infinite, number in zip(
+                self.columns, self._may_be_infinite, numbers
+            ):
+                is_sound = number is None or math.isfinite(number) or may_be_infinite
+                known.append(number if is_sound else None)
+                if not is_sound:
+                    wrong.append(
+                        f"the {column.name} is {number}: the trunk's weights must be damaged"
                     )
-                else:
-                    per_model.append(model(in0, in1).flatten().tolist())
-        for decoded, distances in zip(group, zip(*per_model)):
-            wrong = reasons + [
-                f"the distance is {d}: the trunk's weights must be damaged"
-                for d in distances
-                if d is not None and not math.isfinite(d)
-            ]
-            finite = tuple(d if d is not None and math.isfinite(d) else None for d in distances)
-            name = pairs[decoded.index].name
-            rows[decoded.index] = Row(name, finite, "; ".join(dict.fromkeys(wrong)))
+            pair = pairs[decoded.index]
+            error_text = "; ".join(dict.fromkeys([*reasons, *wrong]))
+            rows[decoded.index] = Row(
+                pair.name, tuple(known), error_text, pair.folder, decoded.files
+            )
+
+    def _measured(self, group: list[_Decoded]) -> tuple[list[tuple[float | None, ...]], list[str]]:
+        """Each pair's numbers, and why some of them are missing."""
+        batch = Batch([d.image0 for d in group], [d.image1 for d in group], self.device)
+        parts: list[list[list[float]] | list[list[None]]] = []
+        reasons = []
+        for measure in self.measures:
+            if min(batch.size) < measure.minimum_size:
+                parts.append([[None] * len(measure.columns) for _ in group])
+                reasons.append(
+                    f"{_size(batch.size)} pixels are too small for {measure.name}, which needs "
+                    f"{measure.minimum_size}x{measure.minimum_size}"
+                )
+            else:
+                parts.append(measure(batch))
+        return [tuple(x for part in of_one for x in part) for of_one in zip(*parts)], reasons
 
 
 @dataclass(frozen=True, eq=False)
@@ -281,6 +329,8 @@ class _Decoded:
     index: int  # in its chunk
     image0: NDArray[np.uint8]  # (H, W, 3)
     image1: NDArray[np.uint8]
+    files: tuple[Fingerprint, Fingerprint]
+    path0: Path
 
     @property
     def size(self) -> tuple[int, ...]:
@@ -332,6 +382,14 @@ def _in_order(
         raise
     finally:
         pool.shutdown(cancel_futures=True)
+
+
+def _is_out_of_memory(error: Exception) -> bool:
+    """On a CPU torch says so in words alone."""
+    if isinstance(error, (MemoryError, torch.OutOfMemoryError)):
+        return True
+    text = str(error)
+    return "can't allocate memory" in text or "not enough memory" in text
 
 
 def _physical_memory() -> int:

@@ -1,50 +1,47 @@
-"""A CSV file of distances that says how it was made, and that an interrupted run goes on with.
+"""The CSV file of a run and its record, written side by side, and taken up again.
 
-.. code-block:: text
+The CSV (:mod:`.csv_text`) has a header row and one row a pair, in the order of the pairs. The
+record beside it (:mod:`.record`) has the same numbers, how they were made, and by what each file is
+known again. A row is written to the record first: whatever becomes of the process, the record has
+all that the CSV has, and the CSV can be made of it.
 
-    # lpips-fast: 0.1.0
-    # net: alex
-    # …
-    name,distance,error
-    1.png,0.12345678,
-    2.png,,cannot read 'decoded/2.png': the file is empty
-    # pairs measured: 1
-    # mean: 0.12345678
-    # standard error: none
-    # pairs failed: 1
+**One rule decides what a run that goes on does: its file is to be what a fresh run would give, byte
+for byte.** So a row is kept if its images, and those that were measured together with it, are the
+same files as then. All else is measured, and what that is is said: images that changed, that came
+or went, and rows with an error. A file that was made in another way, or that somebody edited, is
+refused and stays as it is.
 
-Comments begin with ``# `` (``pandas.read_csv(path, comment="#")``): above, all that a reader needs
-to make the file again; below, once the run is complete, its result. A name that holds ``#`` is
-quoted, so that no row looks like a comment. Text is UTF-8; a file name that is not text has its
-bytes as ``\\udcXX``.
-
-Rows are appended in the order of the pairs. A torn row, of a process that was killed or a disk that
-was full, is cut off before the run goes on, so that the file ends up the same as without the
-interruption. While a run writes, it holds a lock on the file, which ends with its process.
+While a run writes, it holds a lock on both files. A row that was torn, of a process that was killed
+or a disk that was full, is cut off.
 """
 
 from __future__ import annotations
 
 import contextlib
-import csv
 import errno
+import functools
+import hashlib
 import io
 import math
 import os
-import sys
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
-from fractions import Fraction
+import stat
+from array import array
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
+from typing import TextIO
 
+from ..images.files import Fingerprint, fingerprint_of
+from . import csv_text, record
 from .evaluating import Row
+from .file_lock import lock_file
+from .pairing import Pair
+from .record import Key, Recorded, RecordError
+from .summary import Statistics, number_text
 
-__all__ = ["DIGITS", "ResultFile", "ResultFileError", "Statistics"]
+__all__ = ["GoingOn", "ResultFile", "ResultFileError", "ResultStream", "Results", "record_path"]
 
-#: Decimals of a distance. One step is about the rounding of a float32 near 0.1.
-DIGITS = 8
-
-_FIRST_KEY = "lpips-fast"
+_REMEDY = "name another file, or pass --overwrite to begin again"
 
 
 class ResultFileError(RuntimeError):
@@ -52,85 +49,182 @@ class ResultFileError(RuntimeError):
 
 
 @dataclass
-class Statistics:
-    """Mean and standard error of the distances as written, in exact arithmetic."""
+class GoingOn:
+    """What a run found of an earlier one, by the names of pairs.
 
-    count: int = 0
-    _sum: int = 0  # in units of the last decimal
-    _sum_of_squares: int = 0
+    Attributes:
+        kept: how many rows stay as they are.
+        changed: an image of theirs is another file now.
+        failed: they have an error, and are tried again.
+        gone: no longer among the pairs.
+        new: not measured yet, though the earlier run had come to its end.
+    """
 
-    def add(self, distance: float) -> None:
-        steps = int(_number_text(distance).replace(".", ""))
-        self.count += 1
-        self._sum += steps
-        self._sum_of_squares += steps * steps
-
-    @property
-    def mean(self) -> float | None:
-        """``None`` of nothing."""
-        return float(Fraction(self._sum, self.count * 10**DIGITS)) if self.count else None
-
-    @property
-    def standard_error(self) -> float | None:
-        """Sample standard deviation over the square root of the count; ``None`` below two."""
-        if self.count < 2:
-            return None
-        deviations = self._sum_of_squares - Fraction(self._sum**2, self.count)
-        return math.sqrt(deviations / (self.count * (self.count - 1))) / 10**DIGITS
+    kept: int = 0
+    changed: list[str] = field(default_factory=list)
+    failed: list[str] = field(default_factory=list)
+    gone: list[str] = field(default_factory=list)
+    new: list[str] = field(default_factory=list)
 
 
-class ResultFile:
-    """The CSV file of one run, open and locked; a context manager.
+def record_path(path: Path) -> Path:
+    """Where the record of a CSV file lies.
+
+    >>> record_path(Path("a/scores.csv")).name
+    'scores.csv.jsonl'
+    """
+    return path.with_name(f"{path.name}.jsonl")
+
+
+class Results:
+    """The rows of a run as they come, and their text.
 
     Args:
-        path: where it is, or is to be. Its folder exists.
-        header: how the run measures, in the order in which to write it. Of the same header and
-            names, a run makes the same file.
-        columns: the names of the distances' columns.
-        names: of all pairs, in order.
+        columns: the names of the numbers.
+        pairs: all of them, in order.
+
+    Attributes:
+        done: how many rows there are.
+        numbers: of each column one a row; NaN is one that could not be had.
+        failed: the rows with an error.
+    """
+
+    def __init__(self, columns: Sequence[str], pairs: Sequence[Pair]) -> None:
+        self.columns = list(columns)
+        self.pairs = pairs
+        self.done = 0
+        self.numbers = [array("d") for _ in columns]
+        self.failed: list[Row] = []
+        self._has_folders = any(pair.folder for pair in pairs)
+
+    def _count(self, rows: Sequence[Row]) -> None:
+        for row in rows:
+            self.done += 1
+            for value, numbers in zip(row.values, self.numbers):
+                numbers.append(math.nan if value is None else float(number_text(value)))
+            if row.error:
+                self.failed.append(row)
+
+    def _row_text(self, row: Row) -> str:
+        labels = (row.name, row.folder) if self._has_folders else (row.name,)
+        return csv_text.record_text(labels, row.values, row.error)
+
+    def _header_text(self) -> str:
+        labels = ("name", "folder") if self._has_folders else ("name",)
+        return csv_text.header_text([*labels, *self.columns, "error"])
+
+    def statistics(self, folder: str = "") -> dict[str, Statistics]:
+        """Of each column, of the rows of one folder."""
+        rows = [k for k, pair in enumerate(self.pairs[: self.done]) if pair.folder == folder]
+        return {
+            name: Statistics.of(v for v in (numbers[k] for k in rows) if not math.isnan(v))
+            for name, numbers in zip(self.columns, self.numbers)
+        }
+
+    def differences(self, folder: str, reference: str) -> dict[str, Statistics]:
+        """Of each column, one folder's number less another's, of the images that both have."""
+        rows: dict[str, dict[str, int]] = {folder: {}, reference: {}}
+        for k, pair in enumerate(self.pairs[: self.done]):
+            if pair.folder in rows:
+                rows[pair.folder][pair.name] = k
+        common = [(k, rows[reference][n]) for n, k in rows[folder].items() if n in rows[reference]]
+        return {
+            name: Statistics.of(
+                numbers[k] - numbers[r]
+                for k, r in common
+                # NaN is a pair that failed; of an infinite PSNR no difference can be had.
+                if math.isfinite(numbers[k]) and math.isfinite(numbers[r])
+            )
+            for name, numbers in zip(self.columns, self.numbers)
+        }
+
+    def folders(self) -> list[str]:
+        """The labels of the folders, in order; one that is empty if there is one folder."""
+        return list(dict.fromkeys(pair.folder for pair in self.pairs))
+
+    def summary(self) -> dict[str, object]:
+        """Each column's statistics by folder, and the number of pairs that failed."""
+        columns = {
+            folder: {name: s.summary() for name, s in self.statistics(folder).items()}
+            for folder in self.folders()
+        }
+        return {"columns": columns, "pairs": len(self.pairs), "failed": len(self.failed)}
+
+
+class ResultStream(Results):
+    """The rows of a run as CSV on a stream, which keeps no record and is not taken up again."""
+
+    def __init__(self, stream: TextIO, columns: Sequence[str], pairs: Sequence[Pair]) -> None:
+        super().__init__(columns, pairs)
+        self._stream = stream
+        self._write(self._header_text())
+
+    def append(self, rows: Sequence[Row], first: int) -> None:
+        """Write rows, of which ``first`` is the number of the first.
+
+        Raises:
+            BrokenPipeError: nobody reads the stream any more.
+            ResultFileError: it takes no more.
+        """
+        assert first == self.done
+        self._write("".join(map(self._row_text, rows)))
+        self._count(rows)
+
+    def _write(self, text: str) -> None:
+        encoding = getattr(self._stream, "encoding", None) or "utf-8"
+        try:
+            self._stream.write(text.encode(encoding, "backslashreplace").decode(encoding))
+            self._stream.flush()
+        except BrokenPipeError:
+            raise
+        except OSError as error:
+            raise ResultFileError(f"cannot write to standard output: {error.strerror}") from error
+
+
+class ResultFile(Results):
+    """The CSV file of one run and its record, open and locked; a context manager.
+
+    Args:
+        path: where the CSV is, or is to be. Its folder exists.
+        settings: how the run measures. Of the same settings and files, a run makes the same CSV.
+        columns: the names of the numbers.
+        pairs: all of them, in order.
+        chunks: the runs of pairs that are measured together; one after the other they are all.
         overwrite: begin again, whatever is there.
 
     Attributes:
-        done: rows that are in the file.
-        statistics: of each column.
-        failed: the rows with an error.
+        pending: the chunks that are to be measured.
+        found: what is there of an earlier run; ``None`` if nothing is.
 
     Raises:
-        ResultFileError: the file cannot be opened; another run writes to it; or what is there was
-            made with another header or other names.
+        ResultFileError: a file cannot be opened; another run writes to it; or what is there was
+            made in another way, damaged or edited.
     """
 
     def __init__(
         self,
         path: str | os.PathLike[str],
-        header: Mapping[str, str],
+        settings: Mapping[str, str],
         columns: Sequence[str],
-        names: Sequence[str],
+        pairs: Sequence[Pair],
+        chunks: Sequence[range],
         *,
         overwrite: bool = False,
     ) -> None:
+        super().__init__(columns, pairs)
         self.path = Path(path)
-        self.columns = list(columns)
-        self.names = names
-        self.done = 0
-        self.statistics = [Statistics() for _ in columns]
-        self.failed: list[Row] = []
-        if self.path.exists() and not self.path.is_file():
-            raise ResultFileError(f"cannot write {self.path}: it is not a regular file")
-        try:
-            # Unbuffered: what was written is with the system, whatever becomes of this process.
-            descriptor = os.open(self.path, os.O_RDWR | os.O_CREAT | getattr(os, "O_BINARY", 0))
-            self._file = os.fdopen(descriptor, "r+b", buffering=0)
-        except OSError as error:
-            raise ResultFileError(f"cannot write {self.path}: {error.strerror}") from error
-        try:
-            self._lock()
+        self.settings = settings
+        self.found: GoingOn | None = None
+        self._chunks = list(chunks)
+        self._kept: dict[int, list[Recorded]] = {}  # by their chunk
+        with contextlib.ExitStack() as stack:
+            self._csv = stack.enter_context(_OpenFile(self.path))
+            self._record = stack.enter_context(_OpenFile(record_path(self.path)))
             if overwrite:
-                self._file.truncate(0)
-            self._end = self._continue(_header_text(header, self.columns))
-        except BaseException:
-            self._file.close()
-            raise
+                self._csv.cut(0)
+                self._record.cut(0)
+            self._begin()
+            self._stack = stack.pop_all()
 
     def __enter__(self) -> ResultFile:
         return self
@@ -139,81 +233,273 @@ class ResultFile:
         self.close()
 
     def close(self) -> None:
-        """Close the file and with it the lock."""
-        self._file.close()
+        """Close both files and with them the locks."""
+        self._stack.close()
+
+    @property
+    def pending(self) -> list[range]:
+        return [chunk for chunk in self._chunks if chunk.start not in self._kept]
 
     def append(self, rows: Sequence[Row], first: int) -> None:
-        """Write rows, of which ``first`` is the number of the first; those that are there stay.
+        """Write the rows of a chunk of :attr:`pending`, and those that were kept behind it.
+
+        Args:
+            rows: of the whole chunk.
+            first: where it begins; chunks come in order.
 
         Raises:
-            ResultFileError: the disk is full, or whatever else the system says. All rows written
-                before are whole.
+            ResultFileError: the disk is full, or whatever else the system says; or a file was
+                removed, replaced or written to. All rows written before are whole.
         """
-        assert first <= self.done
-        rows = rows[self.done - first :]
-        self._write("".join(map(_row_text, rows)))
-        for row in rows:
-            self._count(row)
+        assert first == self.done
+        self._look_after_files()
+        batch = self._batch([self._key(row) for row in rows], [row.files for row in rows])
+        lines = "".join(record.row_line(row, batch) for row in rows)
+        self._guarded(self._record.append, lines)
+        self._write_rows(rows)
+        self._write_kept()
 
     def finish(self) -> None:
-        """Write the result below the rows, and wait until the disk has all of it."""
-        assert self.done == len(self.names)
-        self._write(self._summary_text())
-        try:
-            os.fsync(self._file.fileno())
-        except OSError as error:
-            raise self._cannot_write(error) from error
+        """Write the summary to the record, and wait until the disk has all of it.
+
+        Raises:
+            ResultFileError: as :meth:`append`.
+        """
+        assert self.done == len(self.pairs)
+        self._look_after_files()
+        line = record.summary_line(self.summary())
+        if line != self._last_line:
+            self._guarded(self._record.append, line)
+        for file in (self._record, self._csv):
+            self._guarded(file.sync)
 
     # ---------------------------------------------------------------------------- writing
 
-    def _write(self, text: str) -> None:
-        data = memoryview(text.encode("utf-8", "backslashreplace"))
+    def _write_rows(self, rows: Sequence[Row]) -> None:
+        self._guarded(self._csv.append, "".join(map(self._row_text, rows)))
+        self._count(rows)
+
+    def _write_kept(self) -> None:
+        """The rows that are kept and come next."""
+        while self.done in self._kept:
+            first = self.done
+            kept = self._kept[first]
+            keys = [self._key(pair) for pair in self.pairs[first : first + len(kept)]]
+            self._write_rows([recorded.row(key) for key, recorded in zip(keys, kept)])
+            self._kept[first] = []  # its place says that it is not to be measured
+
+    def _guarded(self, write: object, *text: str) -> None:
         try:
-            self._file.seek(self._end)
-            while data:
-                data = data[self._file.write(data) :]
-            self._end = self._file.tell()
-            self._file.truncate(self._end)  # the summary of a run that ended here before
-        except OSError as error:
-            with contextlib.suppress(OSError):
-                self._file.truncate(self._end)
-            raise self._cannot_write(error) from error
+            write(*text)  # type: ignore[operator]
+        except _WriteError as error:
+            raise ResultFileError(
+                f"{error}; the {self.done} rows of {self.path} are whole, and the same command "
+                "goes on from there"
+            ) from error
 
-    def _cannot_write(self, error: OSError) -> ResultFileError:
-        return ResultFileError(
-            f"cannot write {self.path}: {error.strerror}; its {self.done} rows are whole, and the "
-            "same command goes on from there"
-        )
-
-    def _count(self, row: Row) -> None:
-        self.done += 1
-        for distance, statistics in zip(row.distances, self.statistics):
-            if distance is not None:
-                statistics.add(distance)
-        if row.error:
-            self.failed.append(row)
-
-    def _summary_text(self) -> str:
-        lines = []
-        for column, statistics in zip(self.columns, self.statistics):
-            mean, error = (
-                "none" if x is None else _number_text(x)
-                for x in (statistics.mean, statistics.standard_error)
-            )
-            of_column = f" of {column}" if len(self.columns) > 1 else ""
-            lines += [
-                f"pairs measured{of_column}: {statistics.count}",
-                f"mean{of_column}: {mean}",
-                f"standard error{of_column}: {error}",
-            ]
-        lines.append(f"pairs failed: {len(self.failed)}")
-        return "".join(f"# {line}\n" for line in lines)
+    def _look_after_files(self) -> None:
+        for file in (self._csv, self._record):
+            reason = file.trouble()
+            if reason:
+                raise ResultFileError(
+                    f"{file.path} {reason} while this run wrote to it; "
+                    f"{self.done} of {len(self.pairs)} pairs had been measured"
+                )
 
     # ---------------------------------------------------------------------------- going on
 
+    def _begin(self) -> None:
+        record_lines = self._whole_lines_of_record()
+        csv_bytes = self._csv.read()
+        self._last_line = ""
+        if not record_lines:
+            if csv_bytes:
+                self._refuse_foreign(csv_bytes)
+            self._record.cut(0)
+            self._guarded(self._record.append, record.first_line(self.settings, self.columns))
+            self._csv.cut(0)
+            self._guarded(self._csv.append, self._header_text())
+            return
+        rows = self._take_up(record_lines)
+        text = self._check_csv(csv_bytes, rows)
+        self._keep(rows)
+        # What stays as it is is not written again: of a finished run, nothing is.
+        self._csv.begin_with(text)
+        self._guarded(self._csv.append, self._header_text())
+        self._write_kept()
+        self._csv.cut_here()
+
+    def _whole_lines_of_record(self) -> list[str]:
+        content = self._record.read()
+        whole = content.rfind(b"\n") + 1
+        self._record.cut(whole)
+        return content[:whole].decode("ascii", "replace").splitlines(keepends=True)
+
+    def _take_up(self, lines: list[str]) -> dict[Key, list[Recorded]]:
+        try:
+            settings, columns, rows, self._last_line = record.parse_lines(lines)
+        except RecordError as error:
+            raise ResultFileError(
+                f"{self._record.path} is damaged, {error}; put it right, or {_REMEDY}"
+            ) from error
+        theirs = {**settings, "columns": ", ".join(columns)}
+        ours = {**self.settings, "columns": ", ".join(self.columns)}
+        differences = [
+            f"{key} is {theirs.get(key, 'not given')} there and {ours.get(key, 'not given')} here"
+            for key in {**ours, **theirs}
+            if theirs.get(key) != ours.get(key)
+        ]
+        if differences:
+            raise ResultFileError(
+                f"{self.path} was made in another way: {'; '.join(differences)}; {_REMEDY}"
+            )
+        return rows
+
+    def _refuse_foreign(self, content: bytes) -> None:
+        if content.startswith(b"# lpips-fast:"):
+            raise ResultFileError(
+                f"{self.path} was written by lpips-fast 0.1, whose files this version does not go "
+                f"on with; {_REMEDY}"
+            )
+        if content.decode("utf-8", "replace").startswith(self._header_text()):
+            raise ResultFileError(
+                f"{self.path} is there without {self._record.path.name}, which says how it was "
+                f"made and what of it holds; put that beside it, or {_REMEDY}"
+            )
+        raise ResultFileError(
+            f"{self.path} is there and was not made by lpips-fast; name another file, or pass "
+            "--overwrite to replace it"
+        )
+
+    def _check_csv(self, content: bytes, rows: dict[Key, list[Recorded]]) -> str:
+        """The CSV's whole rows, of which each is one that the record has; else it was edited."""
+        text = content.decode("utf-8", "replace")
+        known = {csv_text.as_written(self._header_text())}
+        for key, versions in rows.items():
+            known.update(self._row_text(version.row(key)) for version in versions)
+        end = 0
+        for number, (written, is_whole) in enumerate(csv_text.split_records(text)):
+            if not is_whole:
+                break  # torn: it is written again
+            if (number == 0) != (written == self._header_text()) or written not in known:
+                self._refuse_edited(number, written, rows)
+            end += len(written)
+        return text[:end]
+
+    def _refuse_edited(self, number: int, written: str, rows: dict[Key, list[Recorded]]) -> None:
+        header = csv_text.fields_of(self._header_text())
+        fields = csv_text.fields_of(written)
+        expected = [header] if number == 0 else []
+        for key, versions in rows.items() if number else ():
+            shown = csv_text.fields_of(self._row_text(versions[-1].row(key)))
+            labels = 2 if self._has_folders else 1
+            if fields[:labels] == shown[:labels]:
+                expected.append(shown)
+        where = f"row {number}" if number else "the header row"
+        what = f"is {written.rstrip()!r}, which is not there"
+        for candidate in expected:
+            if len(candidate) != len(fields):
+                what = f"has {len(fields)} cells here and {len(candidate)} there"
+                continue
+            what = "has other quotes or another line end here than there"
+            for column, cell, original in zip(header, fields, candidate):
+                if cell != original:
+                    what = f"has {cell!r} in column {column} here and {original!r} there"
+                    break
+        raise ResultFileError(
+            f"{self.path} does not agree with {self._record.path.name}, so one of them was edited: "
+            f"{where} {what}; undo that, or {_REMEDY}"
+        )
+
+    def _keep(self, rows: dict[Key, list[Recorded]]) -> None:
+        """Decide which chunks stay as they are, and what is to be said of the others."""
+        found = GoingOn()
+        keys = [self._key(pair) for pair in self.pairs]
+        is_finished = '"summary"' in self._last_line[:16]
+        present = set(keys)
+        found.gone = [_told(key) for key in rows if key not in present]
+        fingerprint = functools.lru_cache(maxsize=64)(fingerprint_of)  # one image, many partners
+        for chunk in self._chunks:
+            kept: list[Recorded] = []
+            files = []
+            for key, pair in zip(
+                keys[chunk.start : chunk.stop], self.pairs[chunk.start : chunk.stop]
+            ):
+                if key not in rows:
+                    if is_finished:
+                        found.new.append(_told(key))
+                    continue
+                recorded = rows[key][-1]
+                if recorded.error:
+                    found.failed.append(_told(key))
+                    continue
+                now = (fingerprint(pair.path0), fingerprint(pair.path1))
+                if now != recorded.files:
+                    found.changed.append(_told(key))
+                    continue
+                kept.append(recorded)
+                files.append(now)
+            if len(kept) == len(chunk):
+                batch = self._batch(keys[chunk.start : chunk.stop], files)
+                if all(recorded.batch == batch for recorded in kept):
+                    self._kept[chunk.start] = kept
+                    found.kept += len(kept)
+        self.found = found if rows else None
+
+    def _key(self, of: Row | Pair) -> Key:
+        return (of.name, of.folder)
+
+    def _batch(
+        self,
+        keys: Sequence[Key],
+        files: Sequence[tuple[Fingerprint | None, Fingerprint | None]],
+    ) -> str:
+        return hashlib.sha256(repr((list(keys), list(files))).encode()).hexdigest()[:16]
+
+
+def _told(key: Key) -> str:
+    return f"{key[1]}/{key[0]}" if key[1] else key[0]
+
+
+# ------------------------------------------------------------------------------ one file
+
+
+class _WriteError(Exception):
+    """The system refuses to write; the message names the file."""
+
+
+class _OpenFile:
+    """A regular file, open for reading and writing, locked; its end is where this class wrote."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self._end = 0
+        self._there = b""  # what lies behind the end, and need not be written again
+        if path.exists() and not path.is_file():
+            raise ResultFileError(f"cannot write {path}: it is not a regular file")
+        flags = os.O_RDWR | os.O_CREAT | getattr(os, "O_BINARY", 0) | getattr(os, "O_NONBLOCK", 0)
+        try:
+            # Unbuffered: what was written is with the system, whatever becomes of this process.
+            self._file: io.FileIO = os.fdopen(os.open(path, flags, 0o666), "r+b", buffering=0)
+        except OSError as error:
+            raise ResultFileError(f"cannot write {path}: {error.strerror}") from error
+        try:
+            if not stat.S_ISREG(os.fstat(self._file.fileno()).st_mode):
+                raise ResultFileError(f"cannot write {path}: it is not a regular file")
+            self._lock()
+        except BaseException:
+            self._file.close()
+            raise
+
+    def __enter__(self) -> _OpenFile:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._file.close()
+
     def _lock(self) -> None:
         try:
-            _lock_file(self._file.fileno())
+            lock_file(self._file.fileno())
         except OSError as error:
             if error.errno in (errno.EACCES, errno.EAGAIN, errno.EDEADLK):
                 raise ResultFileError(
@@ -223,149 +509,69 @@ class ResultFile:
                 f"cannot lock {self.path}: {error.strerror}; name a file on another file system"
             ) from error
 
-    def _continue(self, header: str) -> int:
-        """Take over the rows that are there, and return where the next one goes."""
-        wanted = header.encode("utf-8", "backslashreplace")
+    def read(self) -> bytes:
+        """All of it."""
         self._file.seek(0)
-        start = self._file.read(len(wanted))
-        if start != wanted:
-            if not wanted.startswith(start):  # else: nothing there, or killed in mid-header
-                self._refuse(header)
-            self._end = 0
-            self._write(header)
-            return self._end
-        end = len(wanted)
-        with open(self.path, "rb") as file:
-            file.seek(end)
-            for fields, row_end in _rows_of(file, end):
-                self._take_over(fields)
-                end = row_end
-        return end
+        return self._file.readall()
 
-    def _take_over(self, fields: list[str]) -> None:
-        damaged = ResultFileError(
-            f"{self.path} is damaged at row {self.done + 1}; pass --overwrite to begin again"
-        )
-        if len(fields) != len(self.columns) + 2:
-            raise damaged
-        name, *distances, error = fields
-        expected = (
-            _as_written(self.names[self.done]) if self.done < len(self.names) else "none further"
-        )
-        if name != expected:
-            raise ResultFileError(
-                f"{self.path} was made of other files: its row {self.done + 1} is {name!r}, "
-                f"expected {expected!r}; name another file, or pass --overwrite to begin again"
-            )
-        try:
-            values = tuple(float(text) if text else None for text in distances)
-        except ValueError as cause:
-            raise damaged from cause
-        self._count(Row(self.names[self.done], values, error))
+    def cut(self, end: int) -> None:
+        """Keep so many bytes, and write behind them from now on."""
+        self._end = end
+        self._there = b""
+        if os.fstat(self._file.fileno()).st_size > end:
+            self._file.truncate(end)
 
-    def _refuse(self, header: str) -> None:
-        self._file.seek(0)
-        text = self._file.read(1 << 16).decode("utf-8", "replace")
-        theirs, ours = _header_of(text), _header_of(header)
-        if _FIRST_KEY not in theirs:
-            raise ResultFileError(
-                f"{self.path} is there and was not made by lpips-fast; name another file, or pass "
-                "--overwrite to replace it"
-            )
-        differences = [
-            f"{key} is {theirs.get(key, 'not given')} there and {ours.get(key, 'not given')} here"
-            for key in {**ours, **theirs}
-            if theirs.get(key) != ours.get(key)
-        ]
-        raise ResultFileError(
-            f"{self.path} was made in another way: "
-            f"{'; '.join(differences) or 'its header is damaged'}; "
-            "name another file, or pass --overwrite to begin again"
-        )
+    def begin_with(self, text: str) -> None:
+        """Write from the start, where ``text`` is there already."""
+        self._end, self._there = 0, text.encode("utf-8")
 
+    def cut_here(self) -> None:
+        """Take away what is there behind what was written."""
+        self.cut(self._end)
 
-# ------------------------------------------------------------------------------ the text
+    def append(self, text: str) -> None:
+        """Write, or find that it is there.
 
-
-def _header_text(header: Mapping[str, str], columns: Sequence[str]) -> str:
-    assert next(iter(header)) == _FIRST_KEY
-    lines = [f"# {key}: {_one_line(value)}\n" for key, value in header.items()]
-    return "".join(lines) + ",".join(("name", *columns, "error")) + "\n"
-
-
-def _header_of(text: str) -> dict[str, str]:
-    """Keys and values of the comments above the rows; the columns' names are one more."""
-    facts = {}
-    for line in text.splitlines():
-        if not line.startswith("# "):
-            facts["columns"] = line
-            break
-        key, _, value = line[2:].partition(": ")
-        facts[key] = value
-    return facts
-
-
-def _row_text(row: Row) -> str:
-    numbers = ("" if d is None else _number_text(d) for d in row.distances)
-    return ",".join((_field(row.name), *numbers, _field(_one_line(row.error)))) + "\n"
-
-
-def _number_text(value: float) -> str:
-    return f"{value:.{DIGITS}f}"
-
-
-def _field(text: str) -> str:
-    # As the csv module quotes, and `#` besides: readers that know comments look for it.
-    if any(character in text for character in ',"\r\n#') or text != text.strip():
-        return '"' + text.replace('"', '""') + '"'
-    return text
-
-
-def _one_line(text: str) -> str:
-    return " ".join(text.splitlines())
-
-
-def _as_written(name: str) -> str:
-    return name.encode("utf-8", "backslashreplace").decode("utf-8")
-
-
-def _rows_of(file: io.BufferedReader, start: int) -> Iterator[tuple[list[str], int]]:
-    """Whole rows and where each ends, up to the summary or to a row that was torn."""
-    end = start
-    torn = False
-
-    def lines() -> Iterator[str]:
-        nonlocal end, torn
-        inside_a_row = False
-        for line in file:
-            if line.startswith(b"# ") and not inside_a_row:
-                return
-            end += len(line)
-            torn = not line.endswith(b"\n")
-            # A name may hold a newline: quotes that have not been closed go on to the next line.
-            inside_a_row ^= line.count(b'"') % 2 == 1
-            yield line.decode("utf-8", "replace")
-        torn = torn or inside_a_row
-
-    for fields in csv.reader(lines()):
-        if torn:
+        Raises:
+            _WriteError: and the file ends where it did.
+        """
+        data = text.encode("utf-8", "backslashreplace")
+        if self._there.startswith(data):
+            self._there = self._there[len(data) :]
+            self._end += len(data)
             return
-        yield fields, end
+        rest = memoryview(data)
+        try:
+            if self._there:
+                self._there = b""
+                self._file.truncate(self._end)
+            self._file.seek(self._end)
+            while rest:
+                rest = rest[self._file.write(rest) :]
+        except OSError as error:
+            with contextlib.suppress(OSError):
+                self._file.truncate(self._end)
+            raise _WriteError(f"cannot write {self.path}: {error.strerror}") from error
+        self._end += len(data)
 
+    def sync(self) -> None:
+        """Wait until the disk has it.
 
-# ------------------------------------------------------------------------------ the lock
+        Raises:
+            _WriteError: it has not.
+        """
+        try:
+            os.fsync(self._file.fileno())
+        except OSError as error:
+            raise _WriteError(f"cannot write {self.path}: {error.strerror}") from error
 
-if sys.platform == "win32":
-    import msvcrt
-
-    def _lock_file(descriptor: int) -> None:
-        # One byte far behind the end: Windows would keep readers from a byte that is locked.
-        os.lseek(descriptor, 1 << 40, os.SEEK_SET)
-        msvcrt.locking(descriptor, msvcrt.LK_NBLCK, 1)
-        os.lseek(descriptor, 0, os.SEEK_SET)
-
-else:
-    import fcntl
-
-    def _lock_file(descriptor: int) -> None:
-        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    def trouble(self) -> str:
+        """What another program did to the file; empty if nothing."""
+        here = os.fstat(self._file.fileno())
+        try:
+            there = os.stat(self.path)
+        except OSError:
+            return "was removed"
+        if (there.st_dev, there.st_ino) != (here.st_dev, here.st_ino):
+            return "was replaced"
+        return "was written to by another program" if here.st_size != self._end else ""

@@ -27,17 +27,26 @@ import io
 import os
 import threading
 import warnings
-from pathlib import Path
-from typing import TYPE_CHECKING, Literal, get_args
+from typing import TYPE_CHECKING, Any, Literal, get_args
 
 import numpy as np
 import torch
+
+from .files import Fingerprint, ImageError, ImageMemoryError, quoted, read_file
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
     from PIL import Image as PillowImage
 
-__all__ = ["Alpha", "ImageError", "image_to_tensor", "read_image", "read_image_uint8"]
+__all__ = [
+    "Alpha",
+    "ImageError",
+    "image_to_tensor",
+    "pillow_pixels",
+    "read_image",
+    "read_image_uint8",
+    "read_pixels",
+]
 
 Alpha = Literal["white", "drop", "refuse"]
 
@@ -48,15 +57,19 @@ _FORMATS = ("PNG", "JPEG", "MPO", "WEBP", "BMP", "TIFF", "GIF", "PPM", "JPEG2000
 # im2tensor's arithmetic (float64, rounded once to float32) for each of the 256 values it can meet.
 _FROM_UINT8 = torch.from_numpy((np.arange(256) / 127.5 - 1.0).astype(np.float32))
 
-# `warnings.catch_warnings` swaps state of the whole process, so two readers must take turns.
-_warnings_lock = threading.Lock()
+# `warnings.catch_warnings` and Pillow's limit are state of the whole process, so two readers must
+# take turns.
+_process_lock = threading.Lock()
+
+# No format that is read here needs more for a pixel (16 bits in four channels are 8 bytes), nor so
+# much besides. So a file that is larger holds no image within the limit, and is not read at all.
+_BYTES_PER_PIXEL = 16
+_BYTES_BESIDES = 64 * 2**20
 
 
-class ImageError(ValueError):
-    """An image file could not be read as asked; the message is one sentence that names the file."""
-
-
-def read_image(path: str | os.PathLike[str], *, alpha: Alpha = "white") -> torch.Tensor:
+def read_image(
+    path: str | os.PathLike[str], *, alpha: Alpha = "white", max_pixels: int | None = None
+) -> torch.Tensor:
     """Read an image file as a (1, 3, H, W) float32 tensor in [-1, 1], on the CPU.
 
     Args:
@@ -64,11 +77,13 @@ def read_image(path: str | os.PathLike[str], *, alpha: Alpha = "white") -> torch
         alpha: ``"white"`` composites a transparent image on white, ``"drop"`` ignores alpha (what
             ``cv2.imread``, and so the original's ``load_image``, does), ``"refuse"`` raises unless
             every pixel is opaque.
+        max_pixels: an image that declares more is refused from its header. ``None``: Pillow's
+            limit, ``PIL.Image.MAX_IMAGE_PIXELS``. Decoding takes up to 25 bytes a pixel (WebP).
 
     Raises:
-        ImageError: no such file, a folder, not an image, damaged or cut short, too many pixels
-            (``PIL.Image.MAX_IMAGE_PIXELS``), several frames, or a kind of pixel without a
-            known white.
+        ImageError: no such file, not a regular file (a folder, a pipe, a device), not an image,
+            damaged or cut short, too many pixels, no memory for it, several frames, or a kind of
+            pixel without a known white.
         ImportError: Pillow is not installed.
 
     Example:
@@ -76,7 +91,7 @@ def read_image(path: str | os.PathLike[str], *, alpha: Alpha = "white") -> torch
         >>> image.shape, image.dtype             # doctest: +SKIP
         (torch.Size([1, 3, 64, 64]), torch.float32)
     """
-    return image_to_tensor(read_image_uint8(path, alpha=alpha))
+    return image_to_tensor(read_image_uint8(path, alpha=alpha, max_pixels=max_pixels))
 
 
 def image_to_tensor(image: NDArray[np.uint8]) -> torch.Tensor:
@@ -100,76 +115,113 @@ def image_to_tensor(image: NDArray[np.uint8]) -> torch.Tensor:
     return _FROM_UINT8[planes.int()].unsqueeze(0)
 
 
-def read_image_uint8(path: str | os.PathLike[str], *, alpha: Alpha = "white") -> NDArray[np.uint8]:
+def read_image_uint8(
+    path: str | os.PathLike[str], *, alpha: Alpha = "white", max_pixels: int | None = None
+) -> NDArray[np.uint8]:
     """Read an image file as a writable uint8 RGB array (H, W, 3).
+
+    The arguments and errors are those of :func:`read_image`.
+    """
+    return read_pixels(path, alpha=alpha, max_pixels=max_pixels)[0]
+
+
+def read_pixels(
+    path: str | os.PathLike[str], *, alpha: Alpha = "white", max_pixels: int | None = None
+) -> tuple[NDArray[np.uint8], Fingerprint]:
+    """What :func:`read_image_uint8` returns, and the fingerprint of the bytes it was decoded from.
 
     The arguments and errors are those of :func:`read_image`.
     """
     if alpha not in get_args(Alpha):
         choices = ", ".join(repr(choice) for choice in get_args(Alpha))
         raise ValueError(f"alpha is {alpha!r}, expected one of {choices}")
-    name = _quoted(path)
-    image = _open(_read_bytes(path, name), name)
-    colours, opacity = _decode(image, name, alpha)
+    name = quoted(path)
+    limit = _pillows_limit() if max_pixels is None else max_pixels
+    data, fingerprint = read_file(path, max_bytes=limit * _BYTES_PER_PIXEL + _BYTES_BESIDES)
+    try:
+        image = _open(data, name, max_pixels)
+        return _flattened(image, name, alpha, _rawmode(image)), fingerprint
+    except MemoryError as error:
+        raise ImageMemoryError(f"cannot read {name}: there is no memory to decode it") from error
+
+
+def pillow_pixels(image: PillowImage.Image, *, alpha: Alpha = "white") -> NDArray[np.uint8]:
+    """A Pillow image as :func:`read_image_uint8` reads it from a file; the image stays as it is.
+
+    Raises:
+        ImageError: a kind of pixel without a known white, or transparency that is refused.
+
+    >>> from PIL import Image
+    >>> pillow_pixels(Image.new("L", (2, 1), 7)).tolist()
+    [[[7, 7, 7], [7, 7, 7]]]
+    """
+    rawmode = _rawmode(image)  # known only until the pixels are loaded
+    return _flattened(image.copy(), "the image", alpha, rawmode)
+
+
+def _flattened(
+    image: PillowImage.Image, name: str, alpha: Alpha, rawmode: str
+) -> NDArray[np.uint8]:
+    """Decoded, and without its alpha channel."""
+    colours, opacity = _decode(image, name, alpha, rawmode)
     if opacity is None or alpha == "drop" or bool((opacity == 255).all()):
         return colours
-    if alpha == "refuse":
-        raise ImageError(
-            f'{name} has transparent pixels; flatten it first, or pass alpha="white" to composite '
-            f'it on white or alpha="drop" to ignore its alpha channel'
-        )
-    return _composite_on_white(colours, opacity)
+    if alpha == "white":
+        return _composite_on_white(colours, opacity)
+    raise ImageError(
+        f'{name} has transparent pixels; flatten it first, or pass alpha="white" to composite '
+        f'it on white or alpha="drop" to ignore its alpha channel'
+    )
 
 
-def _quoted(path: str | os.PathLike[str]) -> str:
-    # A name on disk need not be valid text; a message has to be.
-    text = os.fspath(path).encode("utf-8", "backslashreplace").decode("utf-8")
-    return f"'{text}'"
-
-
-def _read_bytes(path: str | os.PathLike[str], name: str) -> bytes:
-    """Read the whole file here, so that an OSError met later can only be about its contents."""
-    try:
-        if Path(path).is_dir():
-            raise ImageError(f"cannot read {name}: it is a folder, expected an image file")
-        data = Path(path).read_bytes()
-    except FileNotFoundError as error:
-        raise ImageError(f"cannot read {name}: no such file") from error
-    except OSError as error:
-        raise ImageError(f"cannot read {name}: {error.strerror or error}") from error
-    if not data:
-        raise ImageError(f"cannot read {name}: the file is empty")
-    return data
-
-
-def _open(data: bytes, name: str) -> PillowImage.Image:
-    """Parse the header; refuse bombs and everything that holds more than one picture."""
+def _pillow() -> Any:
     try:
         from PIL import Image
     except ImportError as error:
         raise ImportError(
             'reading images needs Pillow: pip install "lpips-fast[images]"'
         ) from error
+    return Image
 
+
+def _pillows_limit() -> int:
+    return _pillow().MAX_IMAGE_PIXELS or 2**48  # None: whoever set it wants none
+
+
+def _open(data: bytes, name: str, max_pixels: int | None) -> PillowImage.Image:
+    """Parse the header; refuse bombs and everything that holds more than one picture."""
+    Image = _pillow()
     Image.init()
     formats = [fmt for fmt in _FORMATS if fmt in Image.OPEN]  # a Pillow built without some of them
+    pillows_limit = Image.MAX_IMAGE_PIXELS
     try:
-        with _warnings_lock, warnings.catch_warnings():
+        with _process_lock, warnings.catch_warnings():
             warnings.simplefilter("error", Image.DecompressionBombWarning)
-            image = Image.open(io.BytesIO(data), formats=formats)
+            if max_pixels is not None:
+                Image.MAX_IMAGE_PIXELS = None
+            try:
+                image = Image.open(io.BytesIO(data), formats=formats)
+            finally:
+                Image.MAX_IMAGE_PIXELS = pillows_limit
+        if max_pixels is not None and image.width * image.height > max_pixels:
+            raise ImageError(
+                f"refusing to read {name}: it declares {image.width}x{image.height} pixels, more "
+                f"than the limit of {max_pixels:,}; raise max_pixels (--max-pixels) if you trust "
+                "the file"
+            )
         several = getattr(image, "is_animated", False) and image.format != "MPO"
-        frames = getattr(image, "n_frames", 1)
+        frames = image.n_frames if several else 1
     except (Image.DecompressionBombWarning, Image.DecompressionBombError) as error:
         raise ImageError(
             f"refusing to read {name}: it declares more pixels than PIL.Image.MAX_IMAGE_PIXELS "
-            f"({Image.MAX_IMAGE_PIXELS}) allows; raise that limit if you trust the file"
+            f"({pillows_limit}) allows; pass max_pixels if you trust the file"
         ) from error
     except Image.UnidentifiedImageError as error:
         raise ImageError(
             f"cannot read {name}: not an image of a supported format ({', '.join(formats)}), "
             f"or too damaged to tell"
         ) from error
-    except MemoryError:
+    except (MemoryError, ImageError):
         raise
     except Exception as error:  # a malformed header makes a parser raise nearly anything
         raise _damaged(name, error) from error
@@ -187,12 +239,11 @@ def _damaged(name: str, error: Exception) -> ImageError:
 
 
 def _decode(
-    image: PillowImage.Image, name: str, alpha: Alpha
+    image: PillowImage.Image, name: str, alpha: Alpha, rawmode: str
 ) -> tuple[NDArray[np.uint8], NDArray[np.uint8] | None]:
     """Decode the pixels: colours (H, W, 3), and alpha (H, W) where the file has any."""
     from PIL import ImageOps
 
-    rawmode = _rawmode(image)  # known only until the pixels are loaded
     try:
         image.load()
         ImageOps.exif_transpose(image, in_place=True)
@@ -217,7 +268,7 @@ def _decode(
     if image.mode in ("LA", "PA", "RGBA", "RGBa") or "transparency" in image.info:
         rgba = np.array(image.convert("RGBA"))
         return np.ascontiguousarray(rgba[..., :3]), rgba[..., 3]
-    return np.array(image.convert("RGB")), None
+    return np.array(image if image.mode == "RGB" else image.convert("RGB")), None
 
 
 def _rawmode(image: PillowImage.Image) -> str:

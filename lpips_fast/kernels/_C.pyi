@@ -1,4 +1,5 @@
 from collections.abc import Sequence
+from typing import Any
 
 def build_info() -> str: ...
 
@@ -9,3 +10,27 @@ class WeightWatch:
     @property
     def rounds(self) -> int: ...
     def look(self, address: int) -> int: ...
+
+class ModuleCheck:
+    def __init__(
+        self,
+        kind: type,
+        keys: Sequence[str],
+        configuration: Sequence[tuple[str, Any]],
+        hooks: Sequence[str],
+        shapes: Sequence[tuple[str, Any]],
+        buffers: Sequence[str],
+        children: Sequence[tuple[str, ModuleCheck]],
+        parameter_kinds: Sequence[type],
+    ) -> None: ...
+    def matches(self, module: Any, found: list[Any]) -> bool: ...
+
+class AttributeCheck:
+    def __init__(self, attributes: Sequence[tuple[Any, str]]) -> None: ...
+    def unchanged(self) -> bool: ...
+
+class WeightsCheck:
+    def __init__(self, weights: list[Any], watches: Sequence[WeightWatch]) -> None: ...
+    def unchanged(self, weights: list[Any]) -> bool: ...
+
+def lie_plainly(tensors: list[Any], device: Any, dtype: Any, layout: Any, frozen: bool) -> bool: ...

@@ -6,8 +6,10 @@ tensors, never a network. Importing this package makes ``torch.ops.lpips_fast`` 
 """
 
 from . import convolution, distance, fire, max_pool, receptive_fields, scale_images
+from .checks import AttributeCheck, ModuleCheck, WeightsCheck, WeightWatch, lie_plainly
 from .dispatch import (
     autocast_dtype,
+    below_autograd,
     has_kernel,
     has_operators,
     has_tangents,
@@ -17,12 +19,16 @@ from .dispatch import (
     is_eager,
     is_out_of_memory,
 )
-from .libraries import LOADED_LIBRARIES, WeightWatch
+from .libraries import LOADED_LIBRARIES
 
 __all__ = [
     "LOADED_LIBRARIES",
+    "AttributeCheck",
+    "ModuleCheck",
     "WeightWatch",
+    "WeightsCheck",
     "autocast_dtype",
+    "below_autograd",
     "convolution",
     "distance",
     "fire",
@@ -34,6 +40,7 @@ __all__ = [
     "is_compiling",
     "is_eager",
     "is_out_of_memory",
+    "lie_plainly",
     "max_pool",
     "receptive_fields",
     "scale_images",

@@ -56,5 +56,3 @@ def _load() -> tuple[list[str], CudaKernels | None]:
 
 #: By name, and the CUDA kernels where they are among them.
 LOADED_LIBRARIES, CUDA_KERNELS = _load()
-
-from ._C import WeightWatch as WeightWatch  # noqa: E402  (only after what says that it is missing)

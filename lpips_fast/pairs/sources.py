@@ -67,7 +67,7 @@ class ImageSource:
                 layers=model.layers,
                 channels=model.chns,
                 device=None,  # they are moved as they are read
-                look=model.check_inputs,
+                look=bool(model.check_inputs),
             )
             self.size, dtype = images.image_size, images.taps[0].dtype
         else:

@@ -17,6 +17,7 @@ On CUDA it is cuDNN's fused call (:mod:`lpips_fast.trunk.cuda_convolution`).
 from __future__ import annotations
 
 import os
+from collections.abc import Callable, Hashable
 from typing import NamedTuple
 
 import torch
@@ -34,7 +35,12 @@ class Convolution(NamedTuple):
     bias: Tensor  # (O,)
     stride: int
     padding: int
-    packed: PackedWeight
+    packed: PackedWeight | None  # None where nothing is packed: on CUDA
+
+    def packed_copy(self, purpose: Hashable, pack: Callable[[], Tensor]) -> Tensor:
+        """What ``pack`` makes of the weight, made once for a purpose."""
+        assert self.packed is not None
+        return self.packed.copy(purpose, pack)
 
     @property
     def kernel(self) -> int:
@@ -106,7 +112,7 @@ def convolve(conv: Convolution, x: Tensor, keep_nan: bool = False) -> Tensor:
     if uses_winograd(conv, conv.in_channels * stride**2, grid, x.dtype):
         packed, bias = packed_kernel(conv, winograd=True), conv.bias.float()
         return torch.ops.lpips_fast.winograd_conv2d(
-            x, packed, bias, True, None, conv.out_channels, kernel, stride, padding
+            x, packed, bias, True, None, conv.out_channels, kernel, stride, padding, outliers=True
         )
     bias = conv.bias.to(x.dtype)
     if _is_direct(conv, x.dtype):
@@ -115,7 +121,7 @@ def convolve(conv: Convolution, x: Tensor, keep_nan: bool = False) -> Tensor:
             x, packed, bias, True, conv.out_channels, kernel, stride, padding
         )
     paddings, strides, dtype = [padding] * 2, [stride] * 2, x.dtype
-    weight = conv.packed.copy(
+    weight = conv.packed_copy(
         ("forward", dtype), lambda: _reordered(conv.weight.to(dtype), padding, stride, x.shape)
     )
     activation = "none" if keep_nan else "relu"
@@ -128,7 +134,7 @@ def convolve(conv: Convolution, x: Tensor, keep_nan: bool = False) -> Tensor:
 def _reordered(weight: Tensor, padding: int, stride: int, images: torch.Size) -> Tensor:
     """In oneDNN's own order."""
     return torch.ops.mkldnn._reorder_convolution_weight(
-        weight.detach(), [padding] * 2, [stride] * 2, [1, 1], 1, list(images)
+        weight, [padding] * 2, [stride] * 2, [1, 1], 1, list(images)
     )
 
 
@@ -137,7 +143,7 @@ def _in_blocks(weight: Tensor, stride: int) -> Tensor:
     kernel = weight.shape[-1]
     blocks = -(-kernel // stride)
     missing = blocks * stride - kernel
-    weight = F.pad(weight.detach(), (0, missing, 0, missing))
+    weight = F.pad(weight, (0, missing, 0, missing))
     return weight.unflatten(3, (blocks, stride)).unflatten(2, (blocks, stride))
 
 
@@ -151,8 +157,8 @@ def packed_kernel(conv: Convolution, winograd: bool, gradient: bool = False) -> 
     pack = operators.winograd_pack if winograd else operators.direct_pack
     stride = conv.stride if winograd else 1  # which alone runs over blocks
     of_which = _gradient_weight if gradient else _block_weight
-    return conv.packed.copy(
-        (winograd, gradient), lambda: pack(of_which(conv.weight.detach().float(), stride))
+    return conv.packed_copy(
+        (winograd, gradient), lambda: pack(of_which(conv.weight.float(), stride))
     )
 
 
@@ -191,10 +197,10 @@ def input_gradient(
     else:
         grad = grad.contiguous(memory_format=torch.channels_last)
         dtype, shape = grad.dtype, grad.shape
-        packed = conv.packed.copy(
+        packed = conv.packed_copy(
             ("gradient", dtype),
             lambda: _reordered(
-                _gradient_weight(conv.weight.detach().to(dtype), stride).contiguous(
+                _gradient_weight(conv.weight.to(dtype), stride).contiguous(
                     memory_format=torch.channels_last
                 ),
                 border,

@@ -9,9 +9,8 @@ other. Identity does not matter: copies, pickles and moved models are as fast.
 from __future__ import annotations
 
 import functools
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 import torch.nn.modules.module as torch_module
@@ -41,8 +40,16 @@ _UNCOMPARED = frozenset(
         "_load_state_dict_post_hooks",
     }
 )
-_HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
-_GLOBAL_HOOKS = (
+_HOOKS = (
+    "_forward_hooks",
+    "_forward_pre_hooks",
+    "_backward_hooks",
+    "_backward_pre_hooks",
+    "_forward_hooks_with_kwargs",
+    "_forward_hooks_always_called",
+    "_forward_pre_hooks_with_kwargs",
+)
+GLOBAL_HOOKS = (
     "_global_forward_hooks",
     "_global_forward_pre_hooks",
     "_global_backward_hooks",
@@ -77,6 +84,16 @@ class Template:
         self.buffers = tuple(module._buffers)
         self.children = tuple((k, Template(m)) for k, m in module._modules.items() if m is not None)
         self.child_names = tuple(k for k, _ in self.children)
+        self.check: kernels.ModuleCheck = kernels.ModuleCheck(
+            self.kind,
+            tuple(attributes),
+            self.configuration,
+            _HOOKS,
+            self.shapes,
+            self.buffers,
+            [(k, child.check) for k, child in self.children],
+            (nn.Parameter, Tensor),
+        )
 
 
 @dataclass(frozen=True)
@@ -99,6 +116,13 @@ def module_fault(module: nn.Module, template: Template, found: list[Tensor]) -> 
     Args:
         found: receives the parameters, in order.
     """
+    if template.check.matches(module, found):
+        return None
+    found.clear()
+    return _fault_in_words(module, template, found)
+
+
+def _fault_in_words(module: nn.Module, template: Template, found: list[Tensor]) -> Fault | None:
     fault = own_fault(module, template.kind, template.keys)
     if fault is not None:
         return fault
@@ -123,7 +147,7 @@ def module_fault(module: nn.Module, template: Template, found: list[Tensor]) -> 
     if tuple(children) != template.child_names:
         return Fault("", "holds other layers, or in another order, than as built")
     for key, child in template.children:
-        fault = module_fault(children[key], child, found)
+        fault = _fault_in_words(children[key], child, found)
         if fault is not None:
             return fault.within(key)
     return None
@@ -158,6 +182,8 @@ def weights_fault(
     parameters: list[Tensor], device: torch.device, dtype: torch.dtype
 ) -> Fault | None:
     """Why weights cannot be used as plain, dense and frozen ones, or None."""
+    if kernels.lie_plainly(parameters, device, dtype, torch.strided, False):
+        return None
     for parameter in parameters:
         if parameter.device != device:
             return Fault("", f"a weight is on {parameter.device} and the images are on {device}")
@@ -213,16 +239,45 @@ def fast_slice(
     return FastSlice(net, number, tuple(found)) if fault is None else fault
 
 
+@functools.cache
+def _slices_template(net: str) -> tuple[tuple[Template, ...], tuple[int, ...]]:
+    """Of every slice its template, and how many parameters it has."""
+    templates = tuple(_slice_template(net, k + 1) for k in range(len(trunk_spec(net).taps)))
+    return templates, tuple(_parameters_of(template) for template in templates)
+
+
+def _parameters_of(template: Template) -> int:
+    own = sum(shape is not None for _, shape in template.shapes)
+    return own + sum(_parameters_of(child) for _, child in template.children)
+
+
+def fast_slices(
+    blocks: Sequence[nn.Module], net: str, device: torch.device, dtype: torch.dtype, frozen: bool
+) -> list[FastSlice | Fault]:
+    """:func:`fast_slice` of all slices: in few calls where all are as built, the usual case."""
+    templates, counts = _slices_template(net)
+    found: list[Tensor] = []
+    if all(template.check.matches(block, found) for template, block in zip(templates, blocks)):
+        if kernels.autocast_dtype(device) is not None:
+            dtype = found[0].dtype
+        learns_not = not frozen and torch.is_grad_enabled()
+        if kernels.lie_plainly(found, device, dtype, torch.strided, learns_not):
+            result: list[FastSlice | Fault] = []
+            first = 0
+            for k, count in enumerate(counts, start=1):
+                result.append(FastSlice(net, k, tuple(found[first : first + count])))
+                first += count
+            return result
+    return [
+        fast_slice(block, net, number, device, dtype, frozen)
+        for number, block in enumerate(blocks, start=1)
+    ]
+
+
 # ------------------------------------------------------------------------------------ the call
 
 
-def _functions_of(kind: type) -> tuple[Any, ...]:
-    return tuple(
-        getattr(kind, name, None)
-        for name in ("forward", "__call__", "_call_impl", "_wrapped_call_impl", "_conv_forward")
-    )
-
-
+_METHODS = ("forward", "__call__", "_call_impl", "_wrapped_call_impl", "_conv_forward")
 _CLASSES = (
     nn.Conv2d,
     nn.ReLU,
@@ -232,9 +287,12 @@ _CLASSES = (
     FireModule,
     CeilMaxPool2d,
 )
-_AS_IMPORTED = {kind: _functions_of(kind) for kind in _CLASSES}
-_FUNCTIONS = ("conv2d", "relu", "max_pool2d")
-_FUNCTIONS_AS_IMPORTED = {name: getattr(nn.functional, name) for name in _FUNCTIONS}
+_FUNCTIONS = [
+    *((kind, name) for kind in _CLASSES for name in _METHODS if hasattr(kind, name)),
+    *((nn.functional, name) for name in ("conv2d", "relu", "max_pool2d")),
+]
+_AS_IMPORTED = [getattr(owner, name) for owner, name in _FUNCTIONS]
+_FUNCTION_CHECK = kernels.AttributeCheck(_FUNCTIONS)
 
 
 def call_fault(images: Iterable[Tensor], device: torch.device, dtype: torch.dtype) -> str | None:
@@ -257,14 +315,12 @@ def call_fault(images: Iterable[Tensor], device: torch.device, dtype: torch.dtyp
         type(mode) is not DeviceContext for mode in _get_current_function_mode_stack()
     ):
         return "a TorchFunctionMode is active"
-    if any(getattr(torch_module, name) for name in _GLOBAL_HOOKS):
+    if any(getattr(torch_module, name) for name in GLOBAL_HOOKS):
         return "hooks are registered for all modules"
-    for kind, functions in _AS_IMPORTED.items():
-        if _functions_of(kind) != functions:
-            return f"a method of {kind.__name__} was replaced"
-    for name, function in _FUNCTIONS_AS_IMPORTED.items():
-        if getattr(nn.functional, name) is not function:
-            return f"torch.nn.functional.{name} was replaced"
+    if not _FUNCTION_CHECK.unchanged():
+        for (owner, name), function in zip(_FUNCTIONS, _AS_IMPORTED):
+            if getattr(owner, name) is not function:
+                return f"{owner.__name__}.{name} was replaced"
     return device_fault(device, dtype)
 
 

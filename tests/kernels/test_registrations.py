@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import itertools
 import random
+from collections.abc import Iterator
 from typing import Any
 
 import parity
@@ -41,19 +43,31 @@ def arguments_of(name: str, seed: int) -> list[Any]:
     return CALLS[name](Draw(Seeded(seed)))[0]
 
 
+def without_empty_batches(name: str) -> Iterator[list[Any]]:
+    """Opcheck itself cannot copy an empty tensor that lies like a crop."""
+    drawn = (arguments_of(name, seed) for seed in itertools.count())
+    return (
+        found for found in drawn if all(t.numel() > 0 for t in tree_leaves(found) if is_tensor(t))
+    )
+
+
+def is_tensor(value: Any) -> bool:
+    return isinstance(value, Tensor)
+
+
 def with_gradients(arguments: list[Any]) -> list[Any]:
     return tree_map_only(Tensor, lambda t: t.detach().requires_grad_(), arguments)
 
 
 @pytest.mark.parametrize("name", CALLS)
-@pytest.mark.parametrize("seed", [0, 1, 2])
-def test_opcheck(name, seed):
+def test_opcheck(name):
     """Schema, autograd, fake kernel, and AOTAutograd with shapes as symbols."""
-    operator, arguments = getattr(OPS, name).default, arguments_of(name, seed)
-    torch.library.opcheck(operator, arguments)
-    if name in WITHOUT_DERIVATIVE:
-        arguments = with_gradients(arguments)
-        torch.library.opcheck(operator, arguments, test_utils="test_autograd_registration")
+    operator = getattr(OPS, name).default
+    for arguments in itertools.islice(without_empty_batches(name), 2):
+        torch.library.opcheck(operator, arguments)
+        if name in WITHOUT_DERIVATIVE:
+            arguments = with_gradients(arguments)
+            torch.library.opcheck(operator, arguments, test_utils="test_autograd_registration")
 
 
 @pytest.mark.parametrize("name", CALLS)
@@ -173,7 +187,7 @@ class TestFlops:
         weights = parity.trunk_weights(net)
         ours = lpips_fast.LPIPS(net=net, weights=weights, verbose=False)
         theirs = reference.LPIPS(net=net, pnet_rand=True, verbose=False)
-        x, y = torch.rand(2, 2, 3, 64, 64)
+        x, y = torch.rand(2, 2, 3, 64, 64) * 2 - 1
         with torch.no_grad():
             expected = self.count(lambda: theirs(x, y))
             assert abs(self.count(lambda: ours(x, y)) / expected - 1) < 0.1

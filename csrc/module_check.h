@@ -1,0 +1,240 @@
+// Whether a module of torch is still what it was when it was built: its class, its attributes, its
+// hooks, its parameters' classes and shapes, its children. The same comparison as module_fault() in
+// lpips_fast/trunk/legality.py, which says what differs in words; this says only whether, in a
+// twentieth of the time, since it is asked at every call.
+#pragma once
+
+#include <pybind11/pybind11.h>
+#include <pybind11/stl.h>
+
+#include <memory>
+#include <utility>
+#include <vector>
+
+#include "weight_watch.h"
+
+namespace lpips_fast {
+
+namespace py = pybind11;
+
+inline bool are_equal(PyObject* a, PyObject* b) {
+  if (a == b) return true;
+  const int equal = PyObject_RichCompareBool(a, b, Py_EQ);
+  if (equal < 0) PyErr_Clear();  // what cannot be compared is not the same
+  return equal == 1;
+}
+
+class ModuleCheck {
+ public:
+  using Named = std::vector<std::pair<py::str, py::object>>;
+
+  ModuleCheck(py::type kind, std::vector<py::str> keys, Named configuration,
+              std::vector<py::str> hooks, Named shapes, std::vector<py::str> buffers,
+              std::vector<std::pair<py::str, ModuleCheck>> children,
+              std::vector<py::type> parameter_kinds)
+      : kind_(std::move(kind)),
+        keys_(std::move(keys)),
+        configuration_(std::move(configuration)),
+        hooks_(std::move(hooks)),
+        shapes_(std::move(shapes)),
+        buffers_(std::move(buffers)),
+        children_(std::move(children)),
+        parameter_kinds_(std::move(parameter_kinds)) {}
+
+  // found: receives the parameters, in order. False: perhaps not, ask in words.
+  bool matches(PyObject* module, PyObject* found) const {
+    if (Py_TYPE(module) != reinterpret_cast<PyTypeObject*>(kind_.ptr())) return false;
+    const py::object held =
+        py::reinterpret_steal<py::object>(PyObject_GenericGetDict(module, nullptr));
+    PyObject* attributes = held.ptr();
+    if (attributes == nullptr) {
+      PyErr_Clear();
+      return false;
+    }
+    if (PyDict_GET_SIZE(attributes) != Py_ssize_t(keys_.size())) return false;
+    for (const py::str& key : keys_) {
+      if (PyDict_GetItemWithError(attributes, key.ptr()) == nullptr) return false;
+    }
+    for (const auto& [key, value] : configuration_) {
+      if (!are_equal(PyDict_GetItemWithError(attributes, key.ptr()), value.ptr())) return false;
+    }
+    for (const py::str& key : hooks_) {
+      PyObject* hooks = PyDict_GetItemWithError(attributes, key.ptr());
+      if (!PyDict_Check(hooks) || PyDict_GET_SIZE(hooks) != 0) return false;
+    }
+    return have_parameters(attributes, found) && have_children(attributes, found);
+  }
+
+ private:
+  static PyObject* group(PyObject* attributes, const char* name) {
+    PyObject* found = PyDict_GetItemString(attributes, name);
+    // Another class may keep an order of its own.
+    return found != nullptr && PyDict_CheckExact(found) ? found : nullptr;
+  }
+
+  bool have_parameters(PyObject* attributes, PyObject* found) const {
+    PyObject* parameters = group(attributes, "_parameters");
+    PyObject* buffers = group(attributes, "_buffers");
+    if (parameters == nullptr || buffers == nullptr) return false;
+    if (PyDict_GET_SIZE(parameters) != Py_ssize_t(shapes_.size())) return false;
+    if (PyDict_GET_SIZE(buffers) != Py_ssize_t(buffers_.size())) return false;
+    for (const py::str& key : buffers_) {
+      if (PyDict_GetItemWithError(buffers, key.ptr()) == nullptr) return false;
+    }
+    static PyObject* const shape_name = PyUnicode_InternFromString("shape");
+    for (const auto& [key, shape] : shapes_) {
+      PyObject* parameter = PyDict_GetItemWithError(parameters, key.ptr());
+      if (parameter == nullptr) return false;
+      if (shape.is_none()) {
+        if (parameter != Py_None) return false;
+        continue;
+      }
+      bool is_plain = false;
+      for (const py::type& kind : parameter_kinds_) {
+        is_plain |= Py_TYPE(parameter) == reinterpret_cast<PyTypeObject*>(kind.ptr());
+      }
+      if (!is_plain) return false;
+      const auto now = py::reinterpret_steal<py::object>(PyObject_GetAttr(parameter, shape_name));
+      if (!now || !are_equal(now.ptr(), shape.ptr())) {
+        PyErr_Clear();
+        return false;
+      }
+      PyList_Append(found, parameter);
+    }
+    return true;
+  }
+
+  bool have_children(PyObject* attributes, PyObject* found) const {
+    PyObject* modules = group(attributes, "_modules");
+    if (modules == nullptr || PyDict_GET_SIZE(modules) != Py_ssize_t(children_.size()))
+      return false;
+    Py_ssize_t position = 0;
+    PyObject *key, *module;
+    for (const auto& [name, child] : children_) {
+      if (!PyDict_Next(modules, &position, &key, &module)) return false;
+      if (!are_equal(key, name.ptr()) || !child.matches(module, found)) return false;
+    }
+    return true;
+  }
+
+  py::type kind_;
+  std::vector<py::str> keys_;
+  Named configuration_;
+  std::vector<py::str> hooks_;
+  Named shapes_;
+  std::vector<py::str> buffers_;
+  std::vector<std::pair<py::str, ModuleCheck>> children_;
+  std::vector<py::type> parameter_kinds_;
+};
+
+// Whether attributes of objects are the very objects that they were: methods nobody replaced.
+class AttributeCheck {
+ public:
+  explicit AttributeCheck(std::vector<std::pair<py::object, py::str>> attributes) {
+    for (auto& [owner, name] : attributes) {
+      py::object value = py::getattr(owner, name, py::none());
+      attributes_.push_back({std::move(owner), std::move(name), std::move(value)});
+    }
+  }
+
+  bool unchanged() const {
+    for (const Attribute& attribute : attributes_) {
+      const auto now = py::reinterpret_steal<py::object>(
+          PyObject_GetAttr(attribute.owner.ptr(), attribute.name.ptr()));
+      if (!now) PyErr_Clear();
+      if ((now ? now.ptr() : Py_None) != attribute.value.ptr()) return false;
+    }
+    return true;
+  }
+
+ private:
+  struct Attribute {
+    py::object owner;
+    py::str name;
+    py::object value;
+  };
+  std::vector<Attribute> attributes_;
+};
+
+// Whether plain tensors lie contiguous on a device, in a dtype, and (`frozen`) ask for no gradient.
+// False: perhaps not, ask in words.
+inline bool lie_plainly(const py::list& tensors, const py::object& device, const py::object& dtype,
+                        const py::object& layout, bool frozen) {
+  static PyObject* const names[] = {
+      PyUnicode_InternFromString("device"),        PyUnicode_InternFromString("dtype"),
+      PyUnicode_InternFromString("layout"),        PyUnicode_InternFromString("requires_grad"),
+      PyUnicode_InternFromString("is_contiguous"), PyUnicode_InternFromString("data_ptr")};
+  PyObject* const expected[] = {device.ptr(), dtype.ptr(), layout.ptr(), Py_False};
+  const int attributes = frozen ? 4 : 3;
+  for (const py::handle tensor : tensors) {
+    for (int k = 0; k < attributes; ++k) {
+      const auto now = py::reinterpret_steal<py::object>(PyObject_GetAttr(tensor.ptr(), names[k]));
+      if (!now || !are_equal(now.ptr(), expected[k])) {
+        PyErr_Clear();
+        return false;
+      }
+    }
+    for (int k = 4; k < 6; ++k) {
+      const auto now =
+          py::reinterpret_steal<py::object>(PyObject_CallMethodNoArgs(tensor.ptr(), names[k]));
+      if (!now || PyObject_IsTrue(now.ptr()) != 1) {
+        PyErr_Clear();
+        return false;
+      }
+    }
+  }
+  return true;
+}
+
+// Whether weights are the very tensors, of the version, at the address and with the memory that
+// were packed: WeightWatch for all of a slice in one call.
+class WeightsCheck {
+ public:
+  WeightsCheck(const py::list& weights, std::vector<std::shared_ptr<WeightWatch>> watches) {
+    for (size_t k = 0; k < watches.size(); ++k) {
+      py::object weight = weights[k];
+      weights_.push_back({py::weakref(weight), version(weight.ptr()), address(weight.ptr()),
+                          std::move(watches[k])});
+    }
+  }
+
+  // 0: all as they were; otherwise ask each of them.
+  bool unchanged(const py::list& weights) const {
+    if (weights.size() != weights_.size()) return false;
+    for (size_t k = 0; k < weights_.size(); ++k) {
+      const One& one = weights_[k];
+      PyObject* weight = PyList_GET_ITEM(weights.ptr(), Py_ssize_t(k));
+      if (PyWeakref_GET_OBJECT(one.weight.ptr()) != weight) return false;
+      if (version(weight) != one.version || address(weight) != one.address) return false;
+      if (one.watch->look(one.address) != WeightWatch::Verdict::kSame) return false;
+    }
+    return true;
+  }
+
+ private:
+  struct One {
+    py::weakref weight;
+    long version;
+    std::uintptr_t address;
+    std::shared_ptr<WeightWatch> watch;
+  };
+
+  // -1 for a tensor of inference_mode, which counts none.
+  static long version(PyObject* tensor) {
+    static PyObject* const name = PyUnicode_InternFromString("_version");
+    const auto found = py::reinterpret_steal<py::object>(PyObject_GetAttr(tensor, name));
+    if (!found) PyErr_Clear();
+    return found ? PyLong_AsLong(found.ptr()) : -1;
+  }
+
+  static std::uintptr_t address(PyObject* tensor) {
+    static PyObject* const name = PyUnicode_InternFromString("data_ptr");
+    const auto found = py::reinterpret_steal<py::object>(PyObject_CallMethodNoArgs(tensor, name));
+    if (!found) throw py::error_already_set();
+    return PyLong_AsSize_t(found.ptr());
+  }
+
+  std::vector<One> weights_;
+};
+
+}  // namespace lpips_fast
