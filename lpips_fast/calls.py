@@ -12,15 +12,17 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 import torch
+import torch.nn.modules.module as torch_module
 from torch import Tensor, nn
 
 from . import kernels
 from .features import Features
 from .linear import NetLinLayer, drops
-from .scaling import ScalingLayer, scaled_batch
+from .scaling import ScalingLayer, scaled_batch, scaled_pair
 from .trunk import TRUNKS, Trunk, compiled, tap_channels
 from .trunk.detached import call_detached
 from .trunk.legality import (
+    GLOBAL_HOOKS,
     METHODS,
     FastSlice,
     Fault,
@@ -78,6 +80,17 @@ class Call:
         scaled = together if model.version == "0.0" else run(model, model.scaling_layer, together)
         return scaled if model.dtype is None else scaled.to(model.dtype)
 
+    def scaled_pair(self, images: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
+        """Images that want a gradient, scaled; and without one, behind them, their target's.
+
+        Where the scaling layer is as built.
+        """
+        model = self.model
+        dtype = model.dtype or model.scaling_layer.shift.dtype
+        return scaled_pair(
+            model.scaling_layer, images, target, self.unit_range, dtype, model.version
+        )
+
     def taps(self, images: Sequence[Tensor]) -> Iterator[Tensor]:
         """The compared taps of batches of images one behind the other, layer by layer."""
         model = self.model
@@ -128,23 +141,49 @@ def _compiled_call(
     model: LPIPS, unit_range: bool, device: torch.device, dtype: torch.dtype
 ) -> Call:
     """Under torch.compile all runs by hand, or nothing: the rest its own compiler fuses."""
-    net, scaling, linear = model.net, model.scaling_layer, lins_are_linear(model)
+    by_hand = None
+    if device_fault(device, dtype) is None:
+        by_hand = _compiled_slices(model, device, dtype)
+    return Call(model, unit_range, by_hand, by_hand is not None, lins_are_linear(model))
+
+
+def _compiled_slices(
+    model: LPIPS, device: torch.device, dtype: torch.dtype
+) -> list[FastSlice | Fault] | None:
+    """The slices that run, if all is as built, in terms that torch.compile turns into guards."""
+    net, scaling = model.net, model.scaling_layer
     if (
-        device_fault(device, dtype) is not None
-        or type(net) is not Trunk
+        type(net) is not Trunk
         or compiled.is_watched(net)
         or type(scaling) is not ScalingLayer
         or compiled.is_watched(scaling)
     ):
-        return Call(model, unit_range, None, False, linear)
+        return None
     expected = dtype if kernels.autocast_dtype(device) is None else like_of(model).dtype
     by_hand = [
         compiled.fast_slice(block, model.net_name, number, device, expected, model.frozen)
         for number, block in enumerate(net.slices()[: model.layers[-1] + 1], start=1)
     ]
-    if not all(isinstance(found, FastSlice) for found in by_hand):
-        return Call(model, unit_range, None, False, linear)
-    return Call(model, unit_range, by_hand, True, linear)
+    return by_hand if all(isinstance(found, FastSlice) for found in by_hand) else None
+
+
+def is_unwatched(model: LPIPS) -> bool:
+    """Whether nobody but a call sees its features and their gradients, whoever computes them.
+
+    All is as built, frozen and without hooks, from the scaling layer to the linear layers.
+    """
+    like = like_of(model)
+    dtype = model.dtype or like.dtype
+    if not lins_are_linear(model):
+        return False
+    if kernels.is_compiling():
+        return _compiled_slices(model, like.device, dtype) is not None
+    if trunk_fault(model.net) is not None or scaling_fault(model.scaling_layer) is not None:
+        return False
+    if any(getattr(torch_module, name) for name in GLOBAL_HOOKS):
+        return False
+    slices = model.net.fast_slices(like.device, dtype)[: model.layers[-1] + 1]
+    return all(isinstance(found, FastSlice) for found in slices)
 
 
 def fast_path(model: LPIPS) -> dict[str, str]:

@@ -84,6 +84,7 @@ def _(
     stride: int,
     padding: int,
     add: Tensor | None = None,
+    outliers: bool = False,
 ) -> Tensor:
     return empty_channels_last(x, x.shape[0], out_channels, *_convolved(x, kernel, stride, padding))
 
@@ -128,5 +129,6 @@ def _(
     stride: int,
     padding: int,
     add: torch.Size | None = None,
+    outliers: bool = False,
 ) -> int:
     return _convolution_flops(x, out_channels, kernel, stride, padding)

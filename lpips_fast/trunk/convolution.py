@@ -112,7 +112,7 @@ def convolve(conv: Convolution, x: Tensor, keep_nan: bool = False) -> Tensor:
     if uses_winograd(conv, conv.in_channels * stride**2, grid, x.dtype):
         packed, bias = packed_kernel(conv, winograd=True), conv.bias.float()
         return torch.ops.lpips_fast.winograd_conv2d(
-            x, packed, bias, True, None, conv.out_channels, kernel, stride, padding
+            x, packed, bias, True, None, conv.out_channels, kernel, stride, padding, outliers=True
         )
     bias = conv.bias.to(x.dtype)
     if _is_direct(conv, x.dtype):

@@ -50,7 +50,7 @@ _HOOKS = (
     "_forward_hooks_always_called",
     "_forward_pre_hooks_with_kwargs",
 )
-_GLOBAL_HOOKS = (
+GLOBAL_HOOKS = (
     "_global_forward_hooks",
     "_global_forward_pre_hooks",
     "_global_backward_hooks",
@@ -327,7 +327,7 @@ def calls_fault() -> str | None:
         type(mode) is not DeviceContext for mode in _get_current_function_mode_stack()
     ):
         return "a TorchFunctionMode is active"
-    if any(getattr(torch_module, name) for name in _GLOBAL_HOOKS):
+    if any(getattr(torch_module, name) for name in GLOBAL_HOOKS):
         return "hooks are registered for all modules"
     if not _FUNCTION_CHECK.unchanged():
         for (owner, name), function in zip(_FUNCTIONS, _AS_IMPORTED):
