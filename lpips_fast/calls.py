@@ -219,7 +219,7 @@ def size_of(image: Tensor) -> tuple[int, int]:
 # --------------------------------------------------------------------------- is it as built?
 
 
-_CLASSES = {
+_CLASSES: dict[type[nn.Module], kernels.AttributeCheck] = {
     kind: kernels.AttributeCheck([(kind, name) for name in METHODS if hasattr(kind, name)])
     for kind in (Trunk, ScalingLayer, NetLinLayer)
 }
