@@ -110,7 +110,7 @@ def lost_ulp(model: lpips_fast.LPIPS, reference: nn.Module, image: Tensor) -> fl
             pool = layers[0]
             y = F.max_pool2d(x, pool.kernel_size, pool.stride, ceil_mode=pool.ceil_mode)
             index = receivers(x, y, pool.kernel_size, pool.stride, keys[number - 1][0])
-            values, pooled = windows(exact_x, pool)
+            _, pooled = windows(exact_x, pool)
             chosen = exact_x.flatten(2).gather(2, index.flatten(2)).view_as(pooled)
             is_live = pooled > 0
             ulp = torch.exp2(pooled[is_live].log2().floor()) * 2.0**-23
@@ -124,7 +124,16 @@ def lost_ulp(model: lpips_fast.LPIPS, reference: nn.Module, image: Tensor) -> fl
 
 
 def photographs() -> str:
-    head = ["trunk", "", "median", "90 %", "99 %", "worst", "crops above 1e-4", "of these, lost ulp"]
+    head = [
+        "trunk",
+        "",
+        "median",
+        "90 %",
+        "99 %",
+        "worst",
+        "crops above 1e-4",
+        "of these, lost ulp",
+    ]
     rows = []
     for net in NETS:
         model, reference = ours(net), theirs(net)
@@ -139,9 +148,18 @@ def photographs() -> str:
                 errors[who].append(parity.relative(gradient, truth))
             if errors["ours"][-1] > 1e-4:
                 lost.append(lost_ulp(model, in_float64, image))
-            print(net, name, *(f"{e[-1]:.1e}" for e in errors.values()), lost[-1:], file=sys.stderr, flush=True)
+            print(
+                net,
+                name,
+                *(f"{e[-1]:.1e}" for e in errors.values()),
+                lost[-1:],
+                file=sys.stderr,
+                flush=True,
+            )
         for who, found in errors.items():
-            quantiles = [f"{torch.tensor(found).quantile(q).item():.1e}" for q in (0.5, 0.9, 0.99, 1)]
+            quantiles = [
+                f"{torch.tensor(found).quantile(q).item():.1e}" for q in (0.5, 0.9, 0.99, 1)
+            ]
             beyond = sum(e > 1e-4 for e in found)
             ulp = f"at most {max(lost):.1f}" if who == "ours" and lost else "" if lost else "-"
             rows.append([TRUNKS[net], who, *quantiles, str(beyond), ulp])

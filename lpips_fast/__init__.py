@@ -41,6 +41,7 @@ if TYPE_CHECKING:
         analysis,
         choice,
         export,
+        fidelity,
         folders,
         images,
         judgements,
@@ -54,6 +55,8 @@ if TYPE_CHECKING:
         weights,
     )
     from .choice import recommend_trunk
+    from .compare_images import compare
+    from .evaluate_folders import evaluate
     from .judgements import score_2afc_dataset, score_jnd_dataset
     from .trainer import Trainer
 
@@ -63,6 +66,7 @@ _LATE_MODULES = frozenset(
         "analysis",
         "choice",
         "export",
+        "fidelity",
         "folders",
         "images",
         "judgements",
@@ -78,6 +82,8 @@ _LATE_MODULES = frozenset(
 )
 _LATE_NAMES = {
     "Trainer": "trainer",
+    "compare": "compare_images",
+    "evaluate": "evaluate_folders",
     "recommend_trunk": "choice",
     "score_2afc_dataset": "judgements",
     "score_jnd_dataset": "judgements",
@@ -111,8 +117,11 @@ __all__ = [
     "__version__",
     "analysis",
     "choice",
+    "compare",
     "dssim",
+    "evaluate",
     "export",
+    "fidelity",
     "folders",
     "functional",
     "im2tensor",

@@ -17,8 +17,8 @@ from torch import Tensor, nn
 
 from . import kernels
 from .features import Features
-from .linear import NetLinLayer, dropout_rate, drops
-from .scaling import ScalingLayer, scaled_batch
+from .linear import NetLinLayer, drops
+from .scaling import ScalingLayer, scaled_batch, scaled_pair
 from .trunk import Trunk, compiled, tap_channels
 from .trunk.detached import call_detached
 from .trunk.legality import (
@@ -45,6 +45,7 @@ class Call:
         by_hand: of each slice, what runs it, or why it is called as a module; ``None``: nothing
             may, whatever the modules are.
         scales: whether the scaling layer is as built, so that one kernel stands for it.
+        linear: whether the linear layers are weights a channel, which the kernels take.
         weights: by layer, what stands for its linear weights in this call.
     """
 
@@ -52,6 +53,7 @@ class Call:
     unit_range: bool
     by_hand: list[FastSlice | Fault] | None
     scales: bool
+    linear: bool
     weights: Mapping[int, Tensor] = field(default_factory=dict)
 
     @property
@@ -74,6 +76,17 @@ class Call:
             together = 2 * together - 1
         scaled = together if model.version == "0.0" else run(model, model.scaling_layer, together)
         return scaled if model.dtype is None else scaled.to(model.dtype)
+
+    def scaled_pair(self, images: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
+        """Images that want a gradient, scaled; and without one, behind them, their target's.
+
+        Where the scaling layer is as built.
+        """
+        model = self.model
+        dtype = model.dtype or model.scaling_layer.shift.dtype
+        return scaled_pair(
+            model.scaling_layer, images, target, self.unit_range, dtype, model.version
+        )
 
     def taps(self, images: Sequence[Tensor]) -> Iterator[Tensor]:
         """The compared taps of batches of images one behind the other, layer by layer."""
@@ -113,7 +126,9 @@ def prepare_call(model: LPIPS, images: Sequence[Tensor], unit_range: bool) -> Ca
     if call_fault(images, like.device, dtype) is None and trunk_fault(model.net) is None:
         by_hand = model.net.fast_slices(like.device, dtype, model.frozen)
     scales = by_hand is not None and scaling_fault(model.scaling_layer) is None
-    return Call(model, unit_range, by_hand, scales)
+    # Under transforms nothing is asked of the layers: they are called.
+    linear = kernels.has_operators() and lins_are_linear(model)
+    return Call(model, unit_range, by_hand, scales, linear)
 
 
 def _compiled_call(
@@ -123,7 +138,7 @@ def _compiled_call(
     by_hand = None
     if device_fault(device, dtype) is None:
         by_hand = _compiled_slices(model, device, dtype)
-    return Call(model, unit_range, by_hand, by_hand is not None)
+    return Call(model, unit_range, by_hand, by_hand is not None, lins_are_linear(model))
 
 
 def _compiled_slices(
@@ -182,7 +197,7 @@ def fast_path(model: LPIPS) -> dict[str, str]:
 
 def like_of(model: LPIPS) -> Tensor:
     """A tensor on the model's device, of the dtype that images are scaled in."""
-    shift = getattr(model.scaling_layer, "shift", None)
+    shift = model.scaling_layer._buffers.get("shift")
     return shift if isinstance(shift, Tensor) else next(model.parameters())
 
 
@@ -228,12 +243,21 @@ def _lin_template(channels: int, dropout: float | None) -> Template:
 
 def lin_fault(model: LPIPS, layer: int) -> Fault | None:
     """Why a linear layer is called as a module, instead of the kernels taking its weights."""
-    lin = model.lins[layer]
-    dropout = dropout_rate(lin) if type(lin) is NetLinLayer else None
-    fault = module_fault(lin, _lin_template(model.chns[layer], dropout), [])
-    if fault is None and drops(lin):  # type: ignore[arg-type]
+    lins = model.lins
+    # Not by index, which costs more than the comparison.
+    lin = lins._modules.get(str(layer)) if type(lins) is nn.ModuleList else lins[layer]
+    dropout = _dropout(lin) if type(lin) is NetLinLayer else None
+    rate = None if dropout is None else dropout.p
+    fault = module_fault(lin, _lin_template(model.chns[layer], rate), [])  # type: ignore[arg-type]
+    if fault is None and dropout is not None and dropout.training and rate:
         return Fault("", "drops channels in training mode")
     return fault
+
+
+def _dropout(lin: nn.Module) -> nn.Dropout | None:
+    inner = lin._modules.get("model")
+    first = None if inner is None else next(iter(inner._modules.values()), None)
+    return first if isinstance(first, nn.Dropout) else None
 
 
 def _is_linear(lin: nn.Module) -> bool:

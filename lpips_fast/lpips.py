@@ -22,10 +22,10 @@ from .compat import (
 )
 from .features import Features
 from .frozen import freeze, hide_weights
-from .inputs import RangeNotice, as_rgb_batch, check_features, warn_of_values
+from .inputs import as_rgb_batch, check_features, warn_of_values
 from .linear import NetLinLayer, linear_weight, load_linear_weights, rename_linear_weights
 from .normalization import Normalization, check_normalization, normalize_tensor
-from .notices import NegativeWeightsNotice
+from .notices import NegativeWeightsNotice, RangeNotice
 from .routes import layer_distances
 from .scaling import ScalingLayer
 from .spatial import spatial_average, upsample

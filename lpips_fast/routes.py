@@ -16,11 +16,7 @@ import torch
 from torch import Tensor
 
 from . import composed, functional, gradient_scaling, kernels
-<<<<<<< HEAD
-from .calls import Call, is_unwatched, like_of, lins_are_linear, prepare_call, size_of
-=======
-from .calls import Call, lins_are_linear, prepare_call, run, size_of
->>>>>>> main
+from .calls import Call, is_unwatched, like_of, prepare_call, run, size_of
 from .composed import accumulator_dtype
 from .features import Features
 from .inputs import check_same_size, common_batch
@@ -37,6 +33,9 @@ if TYPE_CHECKING:
 # Elements of an image batch from which taps are compared one by one, each in a call of its own;
 # below, memory is no concern and one call for all layers is faster.
 _STREAMED_FROM = 3 * 128 * 128
+# Elements of the images of a training step, below which they and the target are one batch: what the
+# trunk makes of the target is then kept for backward too. Not measured on a GPU.
+_ONE_BATCH_ON_CUDA = 16 * 3 * 256 * 256
 
 
 def layer_distances(
@@ -170,22 +169,23 @@ def _streamed_taps(call: Call, in0: Tensor, in1: Tensor) -> Iterator[tuple[Tenso
 def _to_target(call: Call, image: Tensor | Features, target: Tensor | Features) -> list[Tensor]:
     """An image that wants a gradient, to a target that wants none: one node a slice."""
     model = call.model
-    fused = model.normalization == "l2" and not model.checkpoint and lins_are_linear(model)
+    fused = model.normalization == "l2" and not model.checkpoint and call.linear
     if not isinstance(image, Tensor) or not call.is_as_built or not fused:
         return _encoded(call, image, _without_graph(call, target))
     assert call.by_hand is not None
-    x = call.scaled([image])
     slices = call.by_hand[: model.layers[-1] + 1]
-    is_small = (
-        x.numel() < _STREAMED_FROM
+    if (
+        isinstance(target, Tensor)
+        and len(target) == len(image)
+        and image.numel() < _one_batch_below(image.device)
         and len(slices) == len(model.layers)
         and not kernels.is_compiling()  # which takes no list that changes
-    )
-    if is_small and isinstance(target, Tensor) and len(target) == len(x):
-        with torch.no_grad():
-            together = [torch.cat((x, call.scaled([target])))]
+    ):
+        x, both = call.scaled_pair(image, target)
+        together = [as_images(both)]
         return _slice_by_slice(call, x, size_of(image), [together] * len(slices))
 
+    x = call.scaled([image])
     target = _without_graph(call, target)
     check_same_size(size_of(image), target.image_size)
     if len(target) != len(x) or kernels.autocast_dtype(x.device):
@@ -194,6 +194,10 @@ def _to_target(call: Call, image: Tensor | Features, target: Tensor | Features) 
         return _encoded(call, image, target)
     taps = dict(zip(model.layers, target.taps))
     return _slice_by_slice(call, x, size_of(image), [taps.get(k) for k in range(len(slices))])
+
+
+def _one_batch_below(device: torch.device) -> int:
+    return _ONE_BATCH_ON_CUDA if device.type == "cuda" else _STREAMED_FROM
 
 
 def _without_graph(call: Call, target: Tensor | Features) -> Features:
@@ -244,7 +248,7 @@ def compare(
     layers = model.layers[first : first + len(taps0)]
     eps = composed.EPS
     # Outside our operators shapes may be symbols and tensors wrapped: nothing is asked of them.
-    if model.lpips and not (kernels.has_operators() and lins_are_linear(model)):
+    if model.lpips and not call.linear:
         maps = []
         for k, tap0, tap1 in zip(layers, taps0, taps1):
             normal0, normal1 = (

@@ -1,4 +1,4 @@
-"""The gradient that exact arithmetic has: the original in float64, ties to the first of a window."""
+"""The gradient that exact arithmetic has: the original in float64, ties to a window's first."""
 
 from __future__ import annotations
 
@@ -73,7 +73,9 @@ def flat_images(size: int = 64) -> dict[str, Tensor]:
         return plane.expand(1, 3, size, size).contiguous()
 
     def framed(left: int, top: int, right: int, bottom: int, color: list[float]) -> Tensor:
-        image = torch.tensor(color, dtype=torch.float32).view(1, 3, 1, 1).expand(photo.shape).clone()
+        image = (
+            torch.tensor(color, dtype=torch.float32).view(1, 3, 1, 1).expand(photo.shape).clone()
+        )
         inside = (slice(top, size - bottom), slice(left, size - right))
         image[..., inside[0], inside[1]] = photo[..., inside[0], inside[1]]
         return image

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import subprocess
 import sys
@@ -65,6 +66,11 @@ def start(*arguments: object, program: Sequence[str] = ("-m", "lpips_fast")) -> 
 
 
 def rows_of(path: Path) -> list[str]:
-    """The rows of a CSV file of distances, without comments and the columns' names."""
-    lines = path.read_text(encoding="utf-8").splitlines()
-    return [line for line in lines if not line.startswith("# ")][1:]
+    """The rows of a CSV file of distances, without the header row."""
+    return path.read_text(encoding="utf-8").splitlines()[1:]
+
+
+def settings_of(path: Path) -> dict[str, str]:
+    """How a CSV file of distances was made, as its record says."""
+    record = path.with_name(f"{path.name}.jsonl")
+    return json.loads(record.read_text().splitlines()[0])["lpips-fast"]

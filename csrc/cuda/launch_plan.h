@@ -178,10 +178,9 @@ bool rows_adjoin(const View& view, int64_t width) {
 inline Grid grid_of(const LayerWork& work) {
   const int64_t h = work.layer.h, w = work.layer.w;
   if (w == 1) return {1, h, true};
-  if (h == 1 ||
-      (rows_adjoin(work.layer.feat0, w) && rows_adjoin(work.layer.feat1, w) &&
-       rows_adjoin(work.grad0, w) && rows_adjoin(work.grad1, w) && rows_adjoin(work.deeper, w) &&
-       rows_adjoin(work.upstream, w)))
+  if (h == 1 || (rows_adjoin(work.layer.feat0, w) && rows_adjoin(work.layer.feat1, w) &&
+                 rows_adjoin(work.grad0, w) && rows_adjoin(work.grad1, w) &&
+                 rows_adjoin(work.deeper, w) && rows_adjoin(work.upstream, w)))
     return {1, h * w, false};
   return {h, w, false};
 }

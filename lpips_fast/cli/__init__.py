@@ -74,7 +74,13 @@ def main(argv: Sequence[str] | None = None) -> int:
     """
     arguments = _name_the_command(sys.argv[1:] if argv is None else list(argv))
     arguments = argument_types.join_patterns(arguments)
-    options = _parser().parse_args(arguments)
+    parser = _parser()
+    options, rest = parser.parse_known_args(arguments)
+    # argparse takes all folders that stand together, and leaves those behind an option over.
+    if rest and hasattr(options, "folders") and not any(text.startswith("-") for text in rest):
+        options.folders += rest
+    elif rest:
+        parser.error(f"unrecognized arguments: {' '.join(rest)}")
     try:
         with warnings.catch_warnings(), terminable():
             warnings.showwarning = show_warning

@@ -79,7 +79,7 @@ def _run(options: argparse.Namespace) -> None:
 
     if options.json:
         report = _report(options, reference, contributions, table, importance, files)
-        print(json.dumps(report, indent=2, allow_nan=False))
+        print_to(json.dumps(report, indent=2, allow_nan=False), sys.stdout)
         return
     print_to(_words(options, reference, contributions, table, importance, files), sys.stdout)
 

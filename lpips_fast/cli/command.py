@@ -50,7 +50,12 @@ def tell(kind: str, message: str) -> None:
 def print_to(text: str, stream: TextIO) -> None:
     # A file name may hold what the terminal's encoding, or any encoding, cannot express.
     encoding = getattr(stream, "encoding", None) or "utf-8"
-    print(text.encode(encoding, "backslashreplace").decode(encoding), file=stream)
+    try:
+        print(text.encode(encoding, "backslashreplace").decode(encoding), file=stream)
+    except BrokenPipeError:
+        raise
+    except OSError as error:
+        raise CommandError(f"cannot write to standard output: {error.strerror}") from error
 
 
 def show_warning(

@@ -426,7 +426,7 @@ def _say(
     stream = sys.stdout if options.output else sys.stderr
     if options.json:
         report = _report(options, models, pairings, output)
-        print(json.dumps(report, indent=2, allow_nan=False))
+        print_to(json.dumps(report, indent=2, allow_nan=False), sys.stdout)
     elif options.table or len(output.folders()) > 1:
         first = {"": Path(options.folders[1]).name} if options.folders else {}
         text = table(output, evaluation.columns, options.table or "markdown", first)

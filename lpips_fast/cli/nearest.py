@@ -104,7 +104,7 @@ def _run(options: argparse.Namespace) -> None:
             file.write(_csv(rows).encode("utf-8"))
     if options.json:
         report = _report(options, weights_text(options, options.net, model), rows)
-        print(json.dumps(report, indent=2, allow_nan=False))
+        print_to(json.dumps(report, indent=2, allow_nan=False), sys.stdout)
     elif options.output is None:
         print_to(_csv(rows).rstrip("\n"), sys.stdout)
     else:

@@ -91,7 +91,7 @@ def _run_pair(options: argparse.Namespace) -> None:
 
     if options.json:
         report = _pair_report(options, in0, distance, layers, fidelities, weights, map_report)
-        print(json.dumps(report, indent=2, allow_nan=False))
+        print_to(json.dumps(report, indent=2, allow_nan=False), sys.stdout)
         return
     lines = []
     for metric in options.metrics:

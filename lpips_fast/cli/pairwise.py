@@ -119,7 +119,7 @@ def _run(options: argparse.Namespace) -> None:
     if options.output:
         _write_matrix(options, rows, columns or rows, matrix.numpy(), report)
     if options.json:
-        print(json.dumps(report, indent=2, allow_nan=False))
+        print_to(json.dumps(report, indent=2, allow_nan=False), sys.stdout)
     else:
         print_to(_words(options, rows, columns, report), sys.stdout)
     refuse_unreadable(rows, columns)
@@ -137,6 +137,11 @@ def read_folder(folder: str, options: argparse.Namespace) -> FolderImages:
             memory=options.memory_limit // _CACHE_SHARE,
             started=lambda count: stack.enter_context(bar_of("reading", count)),
         )
+    others = len(images.listing.others)
+    if others:
+        tell("note", f"{others} files of {folder} are no images by their names")
+    for reason in images.listing.not_listed:
+        tell("warning", f"cannot look into {reason}")
     for message in images.unreadable.values():
         tell("warning", f"{message}; it is left out")
     return images

@@ -80,7 +80,7 @@ def _run_recommend(options: argparse.Namespace) -> None:
             progress=True,
         )
     if options.json:
-        print(json.dumps(_report(recommendation), indent=2, allow_nan=False))
+        print_to(json.dumps(_report(recommendation), indent=2, allow_nan=False), sys.stdout)
     else:
         print_to(str(recommendation), sys.stdout)
     if recommendation.choice is None:

@@ -11,6 +11,8 @@ import threading
 from collections.abc import Iterator
 from types import FrameType
 
+from .command import CommandError
+
 __all__ = ["flush_output", "terminable"]
 
 # Seconds between SIGTERM and the end of the process, whatever it is doing.
@@ -67,11 +69,15 @@ def flush_output() -> None:
     """Write what is left for standard output.
 
     Raises:
-        OSError: it takes no more. Nothing more is tried, at the end of the process neither.
+        BrokenPipeError: nobody reads it any more.
+        CommandError: it takes no more.
     """
     try:
         sys.stdout.flush()
-    except OSError:
+    except OSError as error:
+        # Else Python tries again at its end, and complains.
         with contextlib.suppress(OSError, ValueError):
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        raise
+        if isinstance(error, BrokenPipeError):
+            raise
+        raise CommandError(f"cannot write to standard output: {error.strerror}") from error

@@ -18,7 +18,7 @@ import torch
 
 from ..images.reading import Alpha, image_to_tensor, read_image_uint8
 from ..images.resizing import Preprocessing
-from .pairing import FolderError, list_images
+from .pairing import FolderError, Listing, list_folder
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
@@ -47,6 +47,7 @@ class FolderImages(Sequence[torch.Tensor]):
         names: of the readable ones, relative to the folder, in natural order.
         size: height and width.
         unreadable: names, and why.
+        listing: all that the folder holds.
     """
 
     folder: Path
@@ -55,6 +56,7 @@ class FolderImages(Sequence[torch.Tensor]):
     size: tuple[int, int]
     decoded: dict[str, NDArray[np.uint8]]
     unreadable: dict[str, str]
+    listing: Listing
 
     @classmethod
     def read(
@@ -79,7 +81,8 @@ class FolderImages(Sequence[torch.Tensor]):
             FolderError: no folder, no readable image, or images of several sizes.
         """
         root = Path(folder)
-        names = list_images(root, recursive=recursive)
+        listing = list_folder(root, recursive=recursive)
+        names = listing.images
         advance = started(len(names)) if started else None
         decoded: dict[str, NDArray[np.uint8]] = {}
         sizes: dict[str, tuple[int, int]] = {}
@@ -103,7 +106,7 @@ class FolderImages(Sequence[torch.Tensor]):
                     decoded[name] = image
                     memory -= image.nbytes
         size = _common_size(root, sizes)
-        return cls(root, reading, list(sizes), size, decoded, unreadable)
+        return cls(root, reading, list(sizes), size, decoded, unreadable, listing)
 
     def nbytes(self) -> int:
         """Of the decoded images in memory."""

@@ -21,10 +21,12 @@ from typing import Literal, get_args
 __all__ = [
     "IMAGE_SUFFIXES",
     "FolderError",
+    "Listing",
     "Match",
     "Pair",
     "Pairing",
     "Patterns",
+    "list_folder",
     "list_images",
     "natural_key",
     "pair_folders",
@@ -138,7 +140,7 @@ def list_images(folder: str | os.PathLike[str], *, recursive: bool = False) -> l
         >>> list_images("photos", recursive=True)      # doctest: +SKIP
         ['2.png', '10.png', 'summer/1.jpg']
     """
-    return _list(Path(folder), recursive).images
+    return list_folder(folder, recursive=recursive).images
 
 
 def pair_folders(
@@ -169,7 +171,7 @@ def pair_folders(
     if isinstance(match, str) and match not in get_args(Match):
         raise ValueError(f"match is {match!r}, expected 'name', 'stem' or Patterns")
     root0, root1 = Path(folder0), Path(folder1)
-    listed0, listed1 = _list(root0, recursive), _list(root1, recursive)
+    listed0, listed1 = (list_folder(root, recursive=recursive) for root in (root0, root1))
     key0, key1 = _key_functions(match)
     by_key0, unfit0 = _keyed(listed0.images, key0, root0)
     by_key1, unfit1 = _keyed(listed1.images, key1, root1)
@@ -313,16 +315,24 @@ def read_pairs(path: str | os.PathLike[str]) -> list[Pair]:
 
 
 @dataclass
-class _Listed:
-    """Images, other files, and folders that could not be looked into; names in natural order."""
+class Listing:
+    """What a folder holds.
+
+    Attributes:
+        images: names that have an image's suffix, in natural order.
+        others: names of other files.
+        not_listed: folders within it that could not be looked into, and why.
+    """
 
     images: list[str] = field(default_factory=list)
     others: list[str] = field(default_factory=list)
     not_listed: list[str] = field(default_factory=list)
 
 
-def _list(folder: Path, recursive: bool) -> _Listed:
-    listed = _Listed()
+def list_folder(folder_: str | os.PathLike[str], *, recursive: bool = False) -> Listing:
+    """All that is in a folder, but for what is hidden; see :func:`list_images`."""
+    folder = Path(folder_)
+    listed = Listing()
     visited: set[tuple[int, int]] = set()
 
     def visit(path: Path, prefix: str) -> None:

@@ -163,7 +163,8 @@ class ResultStream(Results):
         """Write rows, of which ``first`` is the number of the first.
 
         Raises:
-            OSError: the stream takes no more.
+            BrokenPipeError: nobody reads the stream any more.
+            ResultFileError: it takes no more.
         """
         assert first == self.done
         self._write("".join(map(self._row_text, rows)))
@@ -171,8 +172,13 @@ class ResultStream(Results):
 
     def _write(self, text: str) -> None:
         encoding = getattr(self._stream, "encoding", None) or "utf-8"
-        self._stream.write(text.encode(encoding, "backslashreplace").decode(encoding))
-        self._stream.flush()
+        try:
+            self._stream.write(text.encode(encoding, "backslashreplace").decode(encoding))
+            self._stream.flush()
+        except BrokenPipeError:
+            raise
+        except OSError as error:
+            raise ResultFileError(f"cannot write to standard output: {error.strerror}") from error
 
 
 class ResultFile(Results):

@@ -1,7 +1,8 @@
 """Picture files: read as tensors, resized, and distance maps written as pictures."""
 
+from .files import ImageError
 from .heatmap import PICTURE_SUFFIXES, save_heatmap, save_map_numbers
-from .reading import Alpha, ImageError, image_to_tensor, read_image, read_image_uint8
+from .reading import Alpha, image_to_tensor, pillow_pixels, read_image, read_image_uint8
 from .resizing import Preprocessing, Resampling
 
 __all__ = [
@@ -11,6 +12,7 @@ __all__ = [
     "Preprocessing",
     "Resampling",
     "image_to_tensor",
+    "pillow_pixels",
     "read_image",
     "read_image_uint8",
     "save_heatmap",

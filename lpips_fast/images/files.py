@@ -117,7 +117,7 @@ def _open_regular(path: str | os.PathLike[str], name: str) -> int:
             raise IsADirectoryError
         descriptor = os.open(path, flags)
     except FileNotFoundError as error:
-        reason = "a link to nothing" if os.path.islink(path) else "no such file"
+        reason = "no such file, only a link to one" if os.path.islink(path) else "no such file"
         raise ImageError(f"cannot read {name}: {reason}") from error
     except IsADirectoryError as error:
         raise ImageError(f"cannot read {name}: it is a folder, expected an image file") from error

@@ -42,6 +42,7 @@ __all__ = [
     "Alpha",
     "ImageError",
     "image_to_tensor",
+    "pillow_pixels",
     "read_image",
     "read_image_uint8",
     "read_pixels",
@@ -139,13 +140,34 @@ def read_pixels(
     data, fingerprint = read_file(path, max_bytes=limit * _BYTES_PER_PIXEL + _BYTES_BESIDES)
     try:
         image = _open(data, name, max_pixels)
-        colours, opacity = _decode(image, name, alpha)
-        if opacity is None or alpha == "drop" or bool((opacity == 255).all()):
-            return colours, fingerprint
-        if alpha == "white":
-            return _composite_on_white(colours, opacity), fingerprint
+        return _flattened(image, name, alpha, _rawmode(image)), fingerprint
     except MemoryError as error:
         raise ImageMemoryError(f"cannot read {name}: there is no memory to decode it") from error
+
+
+def pillow_pixels(image: PillowImage.Image, *, alpha: Alpha = "white") -> NDArray[np.uint8]:
+    """A Pillow image as :func:`read_image_uint8` reads it from a file; the image stays as it is.
+
+    Raises:
+        ImageError: a kind of pixel without a known white, or transparency that is refused.
+
+    >>> from PIL import Image
+    >>> pillow_pixels(Image.new("L", (2, 1), 7)).tolist()
+    [[[7, 7, 7], [7, 7, 7]]]
+    """
+    rawmode = _rawmode(image)  # known only until the pixels are loaded
+    return _flattened(image.copy(), "the image", alpha, rawmode)
+
+
+def _flattened(
+    image: PillowImage.Image, name: str, alpha: Alpha, rawmode: str
+) -> NDArray[np.uint8]:
+    """Decoded, and without its alpha channel."""
+    colours, opacity = _decode(image, name, alpha, rawmode)
+    if opacity is None or alpha == "drop" or bool((opacity == 255).all()):
+        return colours
+    if alpha == "white":
+        return _composite_on_white(colours, opacity)
     raise ImageError(
         f'{name} has transparent pixels; flatten it first, or pass alpha="white" to composite '
         f'it on white or alpha="drop" to ignore its alpha channel'
@@ -217,12 +239,11 @@ def _damaged(name: str, error: Exception) -> ImageError:
 
 
 def _decode(
-    image: PillowImage.Image, name: str, alpha: Alpha
+    image: PillowImage.Image, name: str, alpha: Alpha, rawmode: str
 ) -> tuple[NDArray[np.uint8], NDArray[np.uint8] | None]:
     """Decode the pixels: colours (H, W, 3), and alpha (H, W) where the file has any."""
     from PIL import ImageOps
 
-    rawmode = _rawmode(image)  # known only until the pixels are loaded
     try:
         image.load()
         ImageOps.exif_transpose(image, in_place=True)

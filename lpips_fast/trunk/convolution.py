@@ -134,7 +134,7 @@ def convolve(conv: Convolution, x: Tensor, keep_nan: bool = False) -> Tensor:
 def _reordered(weight: Tensor, padding: int, stride: int, images: torch.Size) -> Tensor:
     """In oneDNN's own order."""
     return torch.ops.mkldnn._reorder_convolution_weight(
-        weight.detach(), [padding] * 2, [stride] * 2, [1, 1], 1, list(images)
+        weight, [padding] * 2, [stride] * 2, [1, 1], 1, list(images)
     )
 
 
@@ -143,7 +143,7 @@ def _in_blocks(weight: Tensor, stride: int) -> Tensor:
     kernel = weight.shape[-1]
     blocks = -(-kernel // stride)
     missing = blocks * stride - kernel
-    weight = F.pad(weight.detach(), (0, missing, 0, missing))
+    weight = F.pad(weight, (0, missing, 0, missing))
     return weight.unflatten(3, (blocks, stride)).unflatten(2, (blocks, stride))
 
 
@@ -158,7 +158,7 @@ def packed_kernel(conv: Convolution, winograd: bool, gradient: bool = False) -> 
     stride = conv.stride if winograd else 1  # which alone runs over blocks
     of_which = _gradient_weight if gradient else _block_weight
     return conv.packed_copy(
-        (winograd, gradient), lambda: pack(of_which(conv.weight.detach().float(), stride))
+        (winograd, gradient), lambda: pack(of_which(conv.weight.float(), stride))
     )
 
 
@@ -200,7 +200,7 @@ def input_gradient(
         packed = conv.packed_copy(
             ("gradient", dtype),
             lambda: _reordered(
-                _gradient_weight(conv.weight.detach().to(dtype), stride).contiguous(
+                _gradient_weight(conv.weight.to(dtype), stride).contiguous(
                     memory_format=torch.channels_last
                 ),
                 border,

@@ -74,7 +74,8 @@ class Trunk(nn.Module):
 
     def slices(self) -> list[nn.Module]:
         """The slices as they are now, replaced ones too."""
-        return [getattr(self, f"slice{number}") for number in range(1, self.N_slices + 1)]
+        modules = self._modules  # not by name, which costs a microsecond each
+        return [modules[f"slice{number}"] for number in range(1, self.N_slices + 1)]  # type: ignore[misc]
 
     def fast_slices(
         self, device: torch.device, dtype: torch.dtype, frozen: bool = False
@@ -84,10 +85,7 @@ class Trunk(nn.Module):
         Args:
             frozen: the weights are used without a gradient, whether they ask for one or not.
         """
-        return [
-            legality.fast_slice(block, self.net_name, number, device, dtype, frozen)
-            for number, block in enumerate(self.slices(), start=1)
-        ]
+        return legality.fast_slices(self.slices(), self.net_name, device, dtype, frozen)
 
     def repack(self) -> None:
         """Has what was packed of the weights made anew by the next call."""

@@ -15,10 +15,10 @@ import weakref
 from collections.abc import Callable, Hashable, Iterable
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.multiprocessing.reductions import StorageWeakRef
 
-from ..kernels import WeightWatch
+from .. import kernels
 
 _SAMPLE_CHANGED, _CHUNK_CHANGED = 1, 2
 
@@ -34,8 +34,8 @@ class PackedWeight:
         "_storage",
         "_strides",
         "_version",
-        "_watch",
         "_weight",
+        "watch",
     )
 
     def __init__(self, weight: Tensor) -> None:
@@ -43,7 +43,7 @@ class PackedWeight:
         self._storage = StorageWeakRef(weight.untyped_storage())
         self._shape, self._strides, self._dtype = weight.shape, weight.stride(), weight.dtype
         self._version = _version(weight)
-        self._watch = WeightWatch(
+        self.watch = kernels.WeightWatch(
             weight.data_ptr(), weight.element_size(), self._shape, self._strides
         )
         self._copies: dict[Hashable, Tensor] = {}
@@ -56,11 +56,11 @@ class PackedWeight:
             self._dtype != weight.dtype or self._shape != weight.shape or self._storage.expired()
         ):
             return False
-        verdict = self._watch.look(weight.data_ptr())
+        verdict = self.watch.look(weight.data_ptr())
         if verdict == _CHUNK_CHANGED:
             warnings.warn(
                 "a frozen weight of the trunk was changed in place in a few elements, behind "
-                f"torch's version counter, within the last {self._watch.rounds} calls; it is "
+                f"torch's version counter, within the last {self.watch.rounds} calls; it is "
                 "packed again now. Call model.repack() after such a write to have it seen at once",
                 stacklevel=2,
             )
@@ -78,11 +78,30 @@ class PackedWeight:
     @property
     def rounds(self) -> int:
         """Calls within which any lasting change of the memory is found."""
-        return self._watch.rounds
+        return self.watch.rounds
 
 
 # By address. The weight itself is not kept alive: where its memory is gone, so is what it says.
 _PACKED: dict[int, PackedWeight] = {}
+
+
+# By the identities of a slice's weights: what was packed of each, and one check for all.
+_OF_SLICES: dict[tuple[int, ...], tuple[kernels.WeightsCheck, list[PackedWeight]]] = {}
+
+
+def packed_weights(weights: list[Tensor]) -> list[PackedWeight]:
+    """:func:`packed_weight` of all of a slice's weights, in one call where nothing changed."""
+    key = tuple(map(id, weights))
+    held = _OF_SLICES.get(key)
+    if held is not None and held[0].unchanged(weights):
+        return held[1]
+    packed = [packed_weight(weight) for weight in weights]
+    if all(type(weight) is nn.Parameter for weight in weights):  # others come and go
+        check = kernels.WeightsCheck(weights, [one.watch for one in packed])
+        _OF_SLICES[key] = check, packed
+        if held is None:
+            weakref.finalize(weights[0], _OF_SLICES.pop, key, None).atexit = False
+    return packed
 
 
 def packed_weight(weight: Tensor) -> PackedWeight:
@@ -115,6 +134,7 @@ def forget(weights: Iterable[Tensor]) -> None:
     for weight in weights:
         if weight.device.type == "cpu" and weight.layout == torch.strided:
             _PACKED.pop(weight.data_ptr(), None)
+    _OF_SLICES.clear()
 
 
 def is_packable(weight: Tensor) -> bool:

@@ -74,7 +74,7 @@ def test_published_distances(
     assert json.loads(out)["distance"] == pytest.approx(float(published), abs=last_digit)
     code, out, err = run(*paths)
     assert (code, err) == (0, "")
-    assert out.splitlines()[0] == f"Distance: {float(published):.3f}"
+    assert out.splitlines()[0] == f"Distance: {float(published):.6f}"
 
 
 @pytest.mark.parametrize("file", ["", "alex.features.pth"])
@@ -121,7 +121,7 @@ def test_pair_may_be_left_out(run: Any, images: tuple[str, str]) -> None:
 def test_equal_images_have_distance_zero(run: Any, images: tuple[str, str]) -> None:
     code, out, _ = run(images[0], images[0], RANDOM)
     assert code == 0
-    assert out.startswith("Distance: 0.000\n")
+    assert out.startswith("Distance: 0.000000\n")
 
 
 def test_json(run: Any, images: tuple[str, str]) -> None:

@@ -19,7 +19,15 @@ from pathlib import Path
 
 import pytest
 import torch
-from image_folders import call, make_folders, random_pixels, rows_of, start, write_png
+from image_folders import (
+    call,
+    make_folders,
+    random_pixels,
+    rows_of,
+    settings_of,
+    start,
+    write_png,
+)
 
 import lpips_fast
 
@@ -41,8 +49,7 @@ def test_the_file_says_how_it_was_made(
 ) -> None:
     output = tmp_path / "out.csv"
     assert call("dirs", *folders, "-o", output, RANDOM, "--resize", "48", "--crop", "40x36") == 0
-    header = [line for line in output.read_text().splitlines() if line.startswith("# ")]
-    facts = dict(line[2:].split(": ", 1) for line in header)
+    facts = settings_of(output)
     expected = {
         "lpips-fast": lpips_fast.__version__,
         "torch": torch.__version__,
@@ -59,21 +66,18 @@ def test_the_file_says_how_it_was_made(
         "folder B": str(folders[1]),
         "sub-folders": "no",
         "paired by": "name",
-        "pairs": "12",
-        "only in A": "0",
-        "only in B": "0",
-        "pairs measured": "12",
-        "pairs failed": "0",
     }
     assert {key: facts.get(key) for key in expected} == expected
     assert facts["weights of alex"].startswith("random, not LPIPS, SHA-256 of its convolutions ")
     rows = [row.split(",") for row in rows_of(output)]
     assert [name for name, _, _ in rows] == [f"{i}.png" for i in range(12)]
     values = [float(distance) for _, distance, _ in rows]
-    assert float(facts["mean"]) == pytest.approx(statistics.mean(values), abs=1e-8)
-    assert float(facts["standard error"]) == pytest.approx(
-        statistics.stdev(values) / 12**0.5, abs=1e-8
-    )
+    last = json.loads(Path(f"{output}.jsonl").read_text().splitlines()[-1])["summary"]
+    summary = last["columns"][""]["distance"]
+    assert (last["pairs"], last["failed"], summary["count"]) == (12, 0, 12)
+    assert summary["mean"] == pytest.approx(statistics.mean(values), abs=1e-8)
+    assert summary["standard_error"] == pytest.approx(statistics.stdev(values) / 12**0.5, abs=1e-8)
+    assert summary["median"] == pytest.approx(statistics.median(values), abs=1e-8)
     out, err = capsys.readouterr()
     assert out.startswith(
         f"Mean: {statistics.mean(values):.6f} ± {statistics.stdev(values) / 12**0.5:.6f} "
@@ -92,11 +96,7 @@ def test_weights_are_named_and_told_apart_by_a_digest(
 ) -> None:
     monkeypatch.setenv("LPIPS_FAST_WEIGHTS", str(real_weights))
     assert call("dirs", *folders, "-o", tmp_path / "real.csv") == 0
-    line = next(
-        line
-        for line in (tmp_path / "real.csv").read_text().splitlines()
-        if line.startswith("# weights of alex: ")
-    )
+    line = settings_of(tmp_path / "real.csv")["weights of alex"]
     location = lpips_fast.weights.locate_trunk_weights("alex")
     assert location is not None and location.path.name in line
     capsys.readouterr()
@@ -130,14 +130,15 @@ def test_all_nets_in_three_columns(
     out, err = capsys.readouterr()
     report = json.loads(out)
     assert "name,distance_alex,distance_vgg,distance_squeeze,error\n" in output.read_text()
-    assert [report["results"][net]["count"] for net in ("alex", "vgg", "squeeze")] == [11, 12, 12]
+    results = {net: report["results"][f"distance_{net}"] for net in ("alex", "vgg", "squeeze")}
+    assert [result["count"] for result in results.values()] == [11, 12, 12]
     reason = "24x20 pixels are too small for trunk 'alex', which needs 31x31"
     assert report["failed"] == [{"name": "3.png", "error": reason}]
     assert f"warning: 3.png: {reason}\n" in err
     rows = [row.split(",") for row in rows_of(output)]
     for i, net in enumerate(("alex", "vgg", "squeeze")):
         values = [float(row[1 + i]) for row in rows if row[1 + i]]
-        assert report["results"][net]["mean"] == pytest.approx(statistics.mean(values))
+        assert results[net]["mean"] == pytest.approx(statistics.mean(values))
     assert call("dirs", *folders, "-o", tmp_path / "vgg.csv", RANDOM, "--net", "vgg") == 0
     assert [row.split(",")[1] for row in rows_of(tmp_path / "vgg.csv")] == [row[2] for row in rows]
     assert report["settings"]["net"] == "alex, vgg, squeeze"
@@ -164,8 +165,7 @@ def test_names(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert f"{NAMES[2]}: cannot read '{b}/{NAMES[2]}': the file is empty" in err
     import csv
 
-    text = "".join(line for line in output.read_text().splitlines(keepends=True) if line[0] != "#")
-    read = list(csv.reader(io.StringIO(text, newline="")))
+    read = list(csv.reader(io.StringIO(output.read_bytes().decode(), newline="")))
     assert {fields[0] for fields in read[1:]} == set(NAMES)
     whole = output.read_bytes()
     assert call("dirs", a, b, "-o", output, RANDOM) == 1
@@ -190,12 +190,10 @@ def test_what_has_no_partner_is_told(
     assert report["only_in_a"] == [f"{i}.png" for i in range(7)]
     assert report["only_in_b"] == ["6.webp", "new.jpg"]
     assert report["passed_over"] == ["notes.txt"]
-    assert report["results"]["alex"]["count"] == 5
+    assert report["results"]["distance"]["count"] == 5
     assert "0.png, 1.png, 2.png, 3.png, 4.png, and 2 more" in err
     assert "6.webp, new.jpg" in err and "notes.txt" in err
     assert "1 would pair but for their suffixes: --match stem" in err
-    text = (tmp_path / "out.csv").read_text()
-    assert "# only in A: 7\n# only in B: 2\n" in text
 
 
 def test_sub_folders(tmp_path: Path) -> None:
@@ -314,11 +312,12 @@ def test_a_file_of_another_run_is_refused(
     code = call("dirs", *folders, "-o", output, RANDOM, *change)
     assert_failed(capsys, code, message, "--overwrite")
     assert output.read_bytes() == before
+    settings = settings_of(output)
     assert call("dirs", *folders, "-o", output, RANDOM, *change, "--overwrite") == 0
-    assert output.read_bytes() != before
+    assert settings_of(output) != settings
 
 
-def test_a_pair_more_is_another_run(
+def test_a_pair_more_is_measured_with_what_shares_its_batches(
     folders: tuple[Path, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     output = tmp_path / "out.csv"
@@ -326,8 +325,11 @@ def test_a_pair_more_is_another_run(
     for folder in folders:
         shutil.copy(folder / "0.png", folder / "12.png")
     capsys.readouterr()
-    code = call("dirs", *folders, "-o", output, RANDOM)
-    assert_failed(capsys, code, "pairs is 12 there and 13 here")
+    assert call("dirs", *folders, "-o", output, RANDOM) == 0
+    err = capsys.readouterr().err
+    assert "note: new: 12.png\n" in err and "note: going on with 12 of 13 rows" in err
+    assert call("dirs", *folders, "-o", tmp_path / "fresh.csv", RANDOM) == 0
+    assert output.read_bytes() == (tmp_path / "fresh.csv").read_bytes()
 
 
 def test_nothing_to_do(
@@ -347,7 +349,16 @@ def test_nothing_to_do(
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ([], "required: A, B, -o/--output"),
+        ([], "required: -o/--output"),
+        (["--pairs", "x.csv", "C"], "folders and --pairs exclude each other"),
+        (["--match", "{}.png"], "is not name, stem or two patterns such as {}_gt.png {}_pred.jpg"),
+        (["--match", "{}.png", "{}{}.jpg"], "holds {} 2 times, expected once"),
+        (["--metrics", "lpips,fid"], "are no metrics: choose from lpips,psnr,ssim"),
+        (["--metrics", "psnr", "--per-layer"], "--per-layer lists the layers of lpips"),
+        (["--json", "--table", "latex"], "--json and --table exclude each other"),
+        (["-o", "out.json"], "'out.json' does not end in .csv, which is what is written"),
+        (["-o", "-", "--json"], "with -o - the rows are on standard output: leave out --json"),
+        (["-o", "-", "--overwrite"], "leave out --overwrite"),
         (["--net", "resnet"], "invalid choice: 'resnet'"),
         (["--resize", "0"], "'0' is not a size such as 256x256 or 256"),
         (["--resize", "256x"], "'256x' is not a size such as 256x256 or 256"),
@@ -371,12 +382,13 @@ def test_usage_errors(
 SLOW = """
 import signal, sys, time
 signal.signal(signal.SIGINT, signal.default_int_handler)
-from lpips_fast import cli, evaluation
-measure = evaluation.Evaluation.measure
+from lpips_fast import cli
+from lpips_fast.folders import evaluating
+measure = evaluating.Evaluation.measure
 def slow(self, pairs):
     time.sleep(0.1)
     return measure(self, pairs)
-evaluation.Evaluation.measure = slow
+evaluating.Evaluation.measure = slow
 sys.exit(cli.main(sys.argv[1:]))
 """
 
@@ -416,7 +428,7 @@ def test_a_signal_leaves_whole_rows_and_the_run_goes_on_to_the_same_bytes(
     )
     assert whole.read_bytes().startswith(output.read_bytes())
     assert call("dirs", a, b, RANDOM, "-o", output) == 0
-    assert f"going on after row {len(written)} of 200" in capsys.readouterr().err
+    assert f"going on with {len(written)} of 200 rows" in capsys.readouterr().err
     assert output.read_bytes() == whole.read_bytes()
 
 
@@ -427,11 +439,18 @@ def test_a_run_that_was_killed_goes_on_to_the_same_bytes(tmp_path: Path) -> None
     arguments = ("dirs", *folders, "-o", output, "--random-trunk", "--net", "squeeze")
     assert call(*arguments) == 0
     whole = output.read_bytes()
+    record_path = tmp_path / "out.csv.jsonl"
+    record = record_path.read_bytes()
     for _ in range(4):
-        length = random.randrange(len(whole))
-        output.write_bytes(whole[:length])
+        # What a kill leaves: the record is at least as far as the CSV.
+        length = random.randrange(len(record))
+        done = max(0, record[:length].count(b"\n") - 1)
+        lines = whole.splitlines(keepends=True)
+        csv = b"".join(lines[: 1 + random.randint(0, done)])
+        record_path.write_bytes(record[:length])
+        output.write_bytes(csv if b"\n" in record[:length] else b"")
         assert call(*arguments) == 0
-        assert output.read_bytes() == whole, f"cut after {length} bytes"
+        assert output.read_bytes() == whole, f"record cut after {length} bytes, CSV {len(csv)}"
 
 
 @contextlib.contextmanager
@@ -466,11 +485,11 @@ def test_a_full_disk(tmp_path: Path, capsys: pytest.CaptureFixture[str], limit: 
     assert call("dirs", a, b, RANDOM, "-o", whole) == 0
     with contextlib.ExitStack() as stack:
         if limit == "disk":
-            stack.enter_context(small_disk(disk, 4096))
+            stack.enter_context(small_disk(disk, 32 * 1024))
         else:
             disk.mkdir()
         capsys.readouterr()
-        with small_files(4096) if limit == "quota" else contextlib.nullcontext():
+        with small_files(24 * 1024) if limit == "quota" else contextlib.nullcontext():
             code = call("dirs", a, b, RANDOM, "-o", output)
         reason = "No space left on device" if limit == "disk" else "File too large"
         done = len(rows_of(output))
@@ -478,8 +497,8 @@ def test_a_full_disk(tmp_path: Path, capsys: pytest.CaptureFixture[str], limit: 
         assert_failed(
             capsys,
             code,
-            f"cannot write {output}: {reason}; its {done} rows are whole, and the same command "
-            "goes on from there",
+            f"cannot write {output}.jsonl: {reason}; the {done} rows of {output} are whole, and "
+            "the same command goes on from there",
         )
         assert whole.read_bytes().startswith(output.read_bytes())
         assert output.read_bytes().endswith(b",\n")
@@ -487,6 +506,286 @@ def test_a_full_disk(tmp_path: Path, capsys: pytest.CaptureFixture[str], limit: 
             subprocess.run(["mount", "-o", "remount,size=1m", str(disk)], check=True)
         assert call("dirs", a, b, RANDOM, "-o", output) == 0
         assert output.read_bytes() == whole.read_bytes()
+
+
+# ------------------------------------------------------------------------------- several metrics
+
+
+def read_csv(path: Path) -> list[dict[str, str]]:
+    import csv
+
+    with path.open(newline="", encoding="utf-8") as file:
+        return list(csv.DictReader(file))
+
+
+def test_all_metrics_in_one_run(
+    folders: tuple[Path, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    output = tmp_path / "out.csv"
+    shutil.copy(folders[0] / "3.png", folders[1] / "3.png")
+    options = (RANDOM, "--metrics", "ssim,lpips,psnr", "--per-layer")
+    assert call("dirs", *folders, "-o", output, *options, "--json") == 0
+    rows = read_csv(output)
+    layers = [f"distance_relu{k}" for k in range(1, 6)]
+    assert list(rows[0]) == ["name", "ssim", "distance", *layers, "psnr", "error"]
+    for row in rows[::4]:
+        parts = [float(row[layer]) for layer in layers]
+        assert sum(parts) == pytest.approx(float(row["distance"]), abs=5e-8)
+        images = [lpips_fast.images.read_image(folder / row["name"]).double() for folder in folders]
+        values = [((image + 1) * 127.5).round() for image in images]
+        ssim = lpips_fast.fidelity.ssim(*values, data_range=255).item()
+        psnr = lpips_fast.fidelity.psnr(*values, data_range=255).item()
+        assert float(row["ssim"]) == pytest.approx(ssim, abs=1e-6)
+        assert float(row["psnr"]) == pytest.approx(psnr, abs=1e-5)
+    same = rows[3]
+    assert (same["ssim"], same["psnr"], same["distance"]) == ("1.00000000", "inf", "0.00000000")
+    report = json.loads(capsys.readouterr().out)
+    assert report["results"]["psnr"]["mean"] is None and report["results"]["psnr"]["infinite"] == 1
+    assert report["results"]["ssim"]["count"] == 12
+    assert call("dirs", *folders, "-o", output, *options) == 0
+    out, err = capsys.readouterr()
+    assert "Mean psnr: inf (identical: 1), 12 pairs" in out
+    assert "note: nothing to do: all 12 rows are there, and no image changed" in err
+
+
+def test_without_lpips_no_trunk_is_needed(
+    folders: tuple[Path, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def load(_: object) -> None:
+        raise AssertionError("a model was loaded")
+
+    monkeypatch.setattr("lpips_fast.cli.dirs.load_model", load)
+    assert call("dirs", *folders, "-o", tmp_path / "out.csv", "--metrics", "psnr") == 0
+
+
+def test_several_folders_in_one_table(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    gt, one = make_folders(tmp_path / "1", [f"{i}.png" for i in range(4)], sizes=[(40, 40)])
+    two = tmp_path / "two_%"
+    shutil.copytree(gt, two)
+    output = tmp_path / "out.csv"
+    arguments = ("dirs", gt, "-o", output, one, two, RANDOM, "--metrics", "lpips,psnr,ssim")
+    capsys.readouterr()
+    assert call(*arguments, "--json") == 0
+    report = json.loads(capsys.readouterr().out)
+    assert list(report["results"]) == ["B", "two_%"]
+    rows = read_csv(output)
+    assert [(row["name"], row["folder"]) for row in rows[:2]] == [
+        ("0.png", "B"),
+        ("0.png", "two_%"),
+    ]
+    distances = [float(row["distance"]) for row in rows if row["folder"] == "B"]
+    difference = report["differences"]["two_%"]["distance"]
+    assert difference["mean"] == pytest.approx(-statistics.mean(distances))
+    assert difference["standard_error"] == pytest.approx(statistics.stdev(distances) / 2)
+    assert report["differences"]["reference"] == "B"
+    assert call(*arguments, "--table", "markdown") == 0
+    out = capsys.readouterr().out
+    lines = [[cell.strip() for cell in line.split("|")] for line in out.splitlines()]
+    assert lines[0][1:-1] == ["", "distance (alex) ↓", "PSNR ↑", "SSIM ↑", "pairs"]
+    mean = statistics.mean(distances)
+    assert lines[2][1] == "B" and lines[2][2].startswith(f"{mean:.4f} ± ")
+    assert lines[3][1:] == [
+        *("two\\_%", "**0.0000 ± 0.0000**", "**inf**", "**1.0000 ± 0.0000**", "4", "")
+    ]
+    assert lines[5][1] == "paired difference" and lines[7][1] == "two\\_% − B"
+    assert lines[7][2].startswith(f"-{mean:.4f} ± ") and lines[7][3] == "—"
+    assert call(*arguments, "--table", "latex") == 0
+    out = capsys.readouterr().out
+    assert out.startswith("\\begin{tabular}{lrrrr}\n\\toprule\n & distance (alex) $\\downarrow$ & ")
+    assert "two\\_\\% & \\textbf{0.0000 $\\pm$ 0.0000} & \\textbf{inf}" in out
+
+
+def test_rows_on_standard_output(
+    folders: tuple[Path, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert call("dirs", *folders, "-o", tmp_path / "out.csv", RANDOM) == 0
+    capsys.readouterr()
+    assert call("dirs", *folders, "-o", "-", RANDOM) == 0
+    out, err = capsys.readouterr()
+    assert out == (tmp_path / "out.csv").read_text()
+    assert "Mean: " in err and list(tmp_path.glob("-*")) == []
+
+
+def test_listed_pairs_and_patterns(tmp_path: Path) -> None:
+    a, b = make_folders(tmp_path, ["1.png", "2.png"])
+    assert call("dirs", a, b, "-o", tmp_path / "names.csv", RANDOM) == 0
+    (tmp_path / "pairs.csv").write_text("a,b\nA/1.png,B/1.png\nA/2.png,B/2.png\n")
+    assert call("dirs", "--pairs", tmp_path / "pairs.csv", "-o", tmp_path / "l.csv", RANDOM) == 0
+    for name in ("1", "2"):
+        (a / f"{name}.png").rename(a / f"{name}_gt.png")
+        (b / f"{name}.png").rename(b / f"{name}_pred.png")
+    patterns = ("--match", "{}_gt.png", "{}_pred.png")
+    assert call("dirs", *patterns, a, b, "-o", tmp_path / "p.csv", RANDOM) == 0
+    numbers = [
+        [row["distance"] for row in read_csv(tmp_path / f"{k}.csv")] for k in ("names", "l", "p")
+    ]
+    assert numbers[0] == numbers[1] == numbers[2]
+
+
+def test_learned_weights_are_used(
+    folders: tuple[Path, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    model = lpips_fast.LPIPS(pnet_rand=True, verbose=False)
+    with torch.no_grad():
+        for lin in model.lins:
+            lin.model[-1].weight.mul_(2)
+    torch.save(model.state_dict(), tmp_path / "model.pth")
+    output = tmp_path / "out.csv"
+    assert call("dirs", *folders, "-o", output, "--checkpoint", tmp_path / "model.pth") == 0
+    images = [lpips_fast.images.read_image(folder / "0.png") for folder in folders]
+    with torch.no_grad():
+        expected = model(*images).item()
+    assert float(rows_of(output)[0].split(",")[1]) == pytest.approx(expected, rel=1e-5)
+    assert "model.pth, SHA-256 of its linear weights" in settings_of(output)["weights of alex"]
+
+
+# ------------------------------------------------------------------------------- foreign files
+
+
+def test_what_is_no_file_is_a_row_with_the_reason(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    names = [f"{i}.png" for i in range(8)]
+    a, b = make_folders(tmp_path, names, sizes=[(32, 32)])
+    for name in names[1:]:
+        (a / name).unlink()
+    os.mkfifo(a / "1.png")
+    (a / "2.png").mkdir()
+    (a / "3.png").symlink_to("3.png")
+    (a / "4.png").symlink_to("nowhere")
+    (a / "5.png").symlink_to("/dev/zero")
+    (a / "6.png").touch()
+    os.truncate(a / "6.png", 2**40)
+    import socket
+
+    with socket.socket(socket.AF_UNIX) as server:
+        before = os.getcwd()
+        os.chdir(a)  # a socket's path is short
+        server.bind("7.png")
+        os.chdir(before)
+        output = tmp_path / "out.csv"
+        assert call("dirs", a, b, "-o", output, RANDOM) == 1
+    rows = read_csv(output)
+    assert float(rows[0]["distance"]) > 0
+    reasons = [
+        "it is a pipe, expected an image file",
+        "it is a folder, expected an image file",
+        "Too many levels of symbolic links",
+        "no such file, only a link to one",
+        "it is a device, expected an image file",
+        "the file has 1,099,511,627,776 bytes, and no image within the limit of pixels needs more",
+        "it is a socket, expected an image file",
+    ]
+    for row, reason in zip(rows[1:], reasons, strict=True):
+        assert row["distance"] == "" and reason in row["error"]
+
+
+def test_too_many_pixels_are_a_row(folders: tuple[Path, Path], tmp_path: Path) -> None:
+    output = tmp_path / "out.csv"
+    write_png(folders[0] / "3.png", random_pixels(70, 70, torch.Generator()))
+    assert call("dirs", *folders, "-o", output, RANDOM, "--max-pixels", 64 * 48) == 1
+    errors = [row["error"] for row in read_csv(output)]
+    assert "it declares 70x70 pixels, more than the limit of 3,072" in errors[3]
+    assert errors[:3] == [""] * 3 and errors[4:] == [""] * 8
+
+
+@pytest.mark.parametrize(
+    "error",
+    [MemoryError(), RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory: you")],
+)
+def test_no_memory_for_a_pair_is_a_row(
+    folders: tuple[Path, Path],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    error: Exception,
+) -> None:
+    write_png(folders[0] / "3.png", random_pixels(80, 90, torch.Generator()))
+    write_png(folders[1] / "3.png", random_pixels(80, 90, torch.Generator()))
+    forward = lpips_fast.LPIPS.forward
+
+    def refuse(self, in0, *arguments, **options):
+        if in0.shape[-1] == 90:
+            raise error
+        return forward(self, in0, *arguments, **options)
+
+    monkeypatch.setattr(lpips_fast.LPIPS, "forward", refuse)
+    output = tmp_path / "out.csv"
+    assert call("dirs", *folders, "-o", output, RANDOM) == 1
+    rows = read_csv(output)
+    assert f"no memory to measure 90x80 pixels: '{folders[0]}/3.png'" in rows[3]["error"]
+    assert all(row["distance"] for k, row in enumerate(rows) if k != 3)
+
+
+def test_an_input_is_never_an_output(
+    folders: tuple[Path, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    image = folders[0] / "0.png"
+    before = image.read_bytes()
+    for output in ("link.csv", "hard.csv"):
+        path = tmp_path / output
+        path.symlink_to(image) if output == "link.csv" else os.link(image, path)
+        code = call("dirs", *folders, "-o", path, RANDOM, "--overwrite")
+        assert_failed(capsys, code, f"{path} is {image}, which is read: name another file")
+    os.link(image, tmp_path / "out.csv.jsonl")
+    code = call("dirs", *folders, "-o", tmp_path / "out.csv", RANDOM, "--overwrite")
+    assert_failed(capsys, code, "out.csv.jsonl is ", "which is read")
+    pairs = tmp_path / "pairs.csv"
+    pairs.write_text("a,b\nA/1.png,B/1.png\n")
+    code = call("dirs", "--pairs", pairs, "-o", pairs, RANDOM, "--overwrite")
+    assert_failed(capsys, code, "pairs.csv, which is read")
+    assert image.read_bytes() == before and pairs.read_text().startswith("a,b")
+
+
+@pytest.mark.skipif(not os.path.exists("/dev/full"), reason="no /dev/full on this system")
+def test_a_standard_output_that_is_full(folders: tuple[Path, Path], tmp_path: Path) -> None:
+    commands = [
+        ("dirs", *folders, "-o", "-", RANDOM),
+        ("dirs", *folders, "-o", tmp_path / "out.csv", RANDOM, "--json"),
+        ("pair", folders[0] / "0.png", folders[1] / "0.png", RANDOM),
+    ]
+    for command in commands:
+        with open("/dev/full", "w") as full:
+            done = subprocess.run(
+                [sys.executable, "-m", "lpips_fast", *map(str, command)],
+                stdout=full,
+                stderr=subprocess.PIPE,
+                text=True,
+                env={**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, sys.path))},
+            )
+        assert done.returncode == 1
+        assert done.stderr.splitlines()[-1] == (
+            "lpips-fast: error: cannot write to standard output: No space left on device"
+        )
+
+
+# The command line, whose threads are busy for a minute and whose main thread waits for them.
+STUCK = """
+import sys, time
+from lpips_fast import cli
+from lpips_fast.folders import evaluating
+def stuck(self, pairs):
+    print("stuck", file=sys.stderr, flush=True)
+    time.sleep(60)
+evaluating.Evaluation.measure = stuck
+sys.exit(cli.main(sys.argv[1:]))
+"""
+
+
+def test_sigterm_ends_a_run_that_is_stuck(folders: tuple[Path, Path], tmp_path: Path) -> None:
+    process = start(
+        *("dirs", *folders, RANDOM, "--workers", 1, "-o", tmp_path / "out.csv"),
+        program=("-c", STUCK),
+    )
+    try:
+        assert process.stderr is not None
+        while "stuck" not in process.stderr.readline():
+            assert process.poll() is None
+        process.send_signal(signal.SIGTERM)
+        process.wait(timeout=20)  # of 60, however slow the machine
+    finally:
+        process.kill()
+    assert process.returncode == 143
+    assert "lpips-fast: note: stopped" in process.stderr.read()
 
 
 # ------------------------------------------------------------------------------- scale

@@ -100,18 +100,17 @@ def test_csv(run: Any, folder: Path, tmp_path: Path) -> None:
     code, out, _ = run(folder, RANDOM, "-o", output)
     assert code == 0
     text = output.read_text(encoding="utf-8")
-    comments = [line for line in text.splitlines() if line.startswith("# ")]
-    assert f"# lpips-fast: {lpips_fast.__version__}" in comments
-    assert "# metric: random trunk, not LPIPS: LPIPS alex, version 0.1" in comments
-    assert "# image size: 48x40" in comments
-    rows = list(csv.reader(line for line in text.splitlines() if not line.startswith("# ")))
+    rows = list(csv.reader(text.splitlines()))  # a header row and rows, nothing else
     assert rows[0] == ["name", *NAMES]
     assert [row[0] for row in rows[1:]] == NAMES
     matrix = np.array([row[1:] for row in rows[1:]], np.float32)
     assert np.array_equal(matrix, matrix.T)
     torch.testing.assert_close(torch.from_numpy(matrix), expected_matrix(folder, NAMES))
-    mean = next(line for line in comments if "mean" in line).split(": ")[1]
-    assert out.splitlines()[0].startswith(f"Mean distance: {float(mean):.4f} ± ")
+    report = json.loads((tmp_path / "matrix.json").read_text())
+    assert report["package_version"] == lpips_fast.__version__
+    assert report["weights"].startswith("random, not LPIPS")
+    assert (report["width"], report["height"]) == (48, 40)
+    assert out.splitlines()[0].startswith(f"Mean distance: {report['mean']:.6f} ± ")
 
 
 def test_picture(run: Any, folder: Path, tmp_path: Path) -> None:
@@ -219,7 +218,7 @@ def test_broken_files_among_good_ones(run: Any, folder: Path, tmp_path: Path) ->
     )
     code, out, err = run(folder, RANDOM, "-o", tmp_path / "matrix.csv")
     assert code == 1 and out.startswith("Mean distance: ")
-    assert "# images that could not be read: 3" in (tmp_path / "matrix.csv").read_text("utf-8")
+    assert len(json.loads((tmp_path / "matrix.json").read_text())["unreadable"]) == 3
 
 
 def assert_failed(result: tuple[int, str, str], *parts: str) -> None:

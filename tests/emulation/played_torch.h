@@ -117,8 +117,8 @@ void play(int multiprocessors, int order, int error) {
 // without a guard.
 void count_calls(int* counts) {
   played::Device& d = played::device;
-  for (int* count : {&d.stream.launches, &d.guards, &d.guards_held, &d.streams,
-                     &d.unguarded_launches}) {
+  for (int* count :
+       {&d.stream.launches, &d.guards, &d.guards_held, &d.streams, &d.unguarded_launches}) {
     *counts++ = *count;
     if (count != &d.guards_held) *count = 0;
   }

@@ -1,12 +1,11 @@
-// Small kernels with a fault each, and twins without it, to show that the emulation sees the one and
-// is silent of the other. tests/kernels/test_race_detector.py runs them.
-#include "cuda_emulation.h"
-
+// Small kernels with a fault each, and twins without it, to show that the emulation sees the one
+// and is silent of the other. tests/kernels/test_race_detector.py runs them.
 #include <exception>
 #include <map>
 #include <string>
 
 #include "../../csrc/cuda/vector_load.cuh"
+#include "cuda_emulation.h"
 #include "guarded_memory.h"
 
 namespace planted {
@@ -163,7 +162,10 @@ namespace {
 
 using namespace planted;
 using Kernel = void (*)(PlantedTask);
-#define WITH_TWIN(name) {#name, {name<false>, name<true>}}
+#define WITH_TWIN(name)                \
+  {                                    \
+    #name, { name<false>, name<true> } \
+  }
 const std::map<std::string, std::pair<Kernel, Kernel>> kKernels = {
     WITH_TWIN(take_from_neighbour),   WITH_TWIN(use_buffer_twice),
     WITH_TWIN(order_by_shuffle),      WITH_TWIN(write_the_same),

@@ -1,8 +1,6 @@
 // The trunk's CUDA kernels, unmodified, on the CPU: behind a plain C interface for raw memory, and
 // behind torch's side of the operators.
 #define EMULATED_OPERATORS lpips_fast_emulated_trunk
-#include "played_torch.h"
-
 #include <exception>
 #include <string>
 
@@ -11,6 +9,7 @@
 #include "../../csrc/cuda/scale_images_cuda.cu"
 #include "../../csrc/ops.cpp"
 #include "guarded_memory.h"
+#include "played_torch.h"
 
 using namespace lpips_fast;
 using namespace lpips_fast::cuda;

@@ -55,12 +55,12 @@ def all_rows(models: list, pairs: list[Pair], **options) -> list[Row]:
 def test_rows_are_the_models_distances_in_order(models: dict, pairs: list[Pair]) -> None:
     rows = all_rows([models["alex"], models["squeeze"]], pairs, workers=2)
     assert [row.name for row in rows] == [pair.name for pair in pairs]
-    assert len({row.distances for row in rows}) == len(rows)
+    assert len({row.values for row in rows}) == len(rows)
     for row, pair in list(zip(rows, pairs, strict=True))[::15]:
         in0, in1 = read_image(pair.path0), read_image(pair.path1)
         with torch.no_grad():
             expected = [models[net](in0, in1).item() for net in ("alex", "squeeze")]
-        assert row.distances == pytest.approx(expected, rel=1e-5)
+        assert row.values == pytest.approx(expected, rel=1e-5)
         assert row.error == ""
 
 
@@ -96,7 +96,7 @@ def test_images_are_preprocessed(models: dict, pairs: list[Pair]) -> None:
         )
         assert in0.shape == (1, 3, 38, 36)
         with torch.no_grad():
-            assert row.distances[0] == pytest.approx(models["alex"](in0, in1).item(), rel=1e-5)
+            assert row.values[0] == pytest.approx(models["alex"](in0, in1).item(), rel=1e-5)
 
 
 # ------------------------------------------------------------------------------- chunks and batches
@@ -118,7 +118,8 @@ class Recorder(torch.nn.Module):
         super().__init__()
         self.scaling_layer = lpips_fast.ScalingLayer()
         self.net = lpips_fast.trunk.Trunk("alex")
-        self.spatial, self.reduction, self.pnet_type = False, "none", "alex"
+        self.spatial, self.reduction = False, "none"
+        self.net_name = self.pnet_type = "alex"
         self.minimum_size = minimum_size
         self.shapes: list[tuple[int, ...]] = []
 
@@ -191,11 +192,11 @@ def test_what_cannot_be_measured_is_a_row_and_no_more(models: dict, tmp_path: Pa
     for i in (0, 3, 6, 7):
         assert rows[i] == sound[i]
     for i in (1, 2, 4):
-        assert rows[i].name == names[i] and rows[i].distances == (None, None)
+        assert rows[i].name == names[i] and rows[i].values == (None, None)
     assert "B/1.png': the file is damaged or cut short" in rows[1].error
     assert rows[2].error == f"cannot read '{a}/2.png': no such file"
     assert rows[4].error == "the images differ in size, 33x32 and 32x32 pixels; crop or resize them"
-    assert rows[5].distances[0] is None and rows[5].distances[1] is not None
+    assert rows[5].values[0] is None and rows[5].values[1] is not None
     assert rows[5].error == "24x20 pixels are too small for trunk 'alex', which needs 31x31"
 
 
@@ -204,7 +205,7 @@ def test_damaged_weights_are_told(models: dict, pairs: list[Pair]) -> None:
     weights["features.0.bias"][:] = float("nan")
     broken = lpips_fast.LPIPS(weights=weights, verbose=False)
     (row,) = all_rows([broken], pairs[:1])
-    assert row.distances == (None,)
+    assert row.values == (None,)
     assert row.error == "the distance is nan: the trunk's weights must be damaged"
 
 

@@ -9,7 +9,17 @@ from pathlib import Path
 
 import pytest
 
-from lpips_fast.folders.pairing import FolderError, list_images, natural_key, pair_folders
+from lpips_fast.folders.pairing import (
+    FolderError,
+    Pair,
+    Patterns,
+    list_folder,
+    list_images,
+    natural_key,
+    pair_folders,
+    pair_several,
+    read_pairs,
+)
 
 
 def touch(folder: Path, *names: str) -> Path:
@@ -83,10 +93,34 @@ def test_links(tmp_path: Path) -> None:
 
 
 @pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="no named pipes on this system")
-def test_a_pipe_is_passed_over(tmp_path: Path) -> None:
-    touch(tmp_path, "1.png")
+def test_what_is_named_like_an_image_is_listed(tmp_path: Path) -> None:
+    # So that it gets a row with the reason; it is never opened to be listed.
+    touch(tmp_path, "1.png", "folder.png/2.png")
     os.mkfifo(tmp_path / "pipe.png")
-    assert list_images(tmp_path) == ["1.png"]
+    (tmp_path / "loop.png").symlink_to("loop.png")
+    (tmp_path / "loop").symlink_to("loop")
+    assert list_images(tmp_path) == ["1.png", "folder.png", "loop.png", "pipe.png"]
+    assert list_images(tmp_path, recursive=True) == [
+        *("1.png", "folder.png/2.png", "loop.png", "pipe.png")
+    ]
+    assert list_folder(tmp_path).others == ["loop"]
+
+
+def test_a_folder_that_cannot_be_looked_into_is_told(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    touch(tmp_path, "1.png", "locked/2.png")
+    scandir = os.scandir
+
+    def refuse(path):
+        if str(path).endswith("locked"):
+            raise PermissionError(13, "Permission denied", str(path))
+        return scandir(path)
+
+    monkeypatch.setattr(os, "scandir", refuse)
+    listing = list_folder(tmp_path, recursive=True)
+    assert listing.images == ["1.png"]
+    assert listing.not_listed == [f"{tmp_path}/locked: Permission denied"]
 
 
 def test_no_folder(tmp_path: Path) -> None:
@@ -158,5 +192,100 @@ def test_a_name_that_is_no_text(tmp_path: Path) -> None:
 
 
 def test_an_unknown_match_is_named(tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match="match is 'size', expected 'name' or 'stem'"):
+    with pytest.raises(ValueError, match="match is 'size', expected 'name', 'stem' or Patterns"):
         pair_folders(tmp_path, tmp_path, match="size")  # type: ignore[arg-type]
+
+
+# ------------------------------------------------------------------------------- patterns, lists
+
+
+@pytest.mark.parametrize(
+    ("pattern", "name", "key"),
+    [
+        ("{}_gt.png", "7_gt.png", "7"),
+        ("{}_gt.png", "a/b/7_gt.png", "a/b/7"),
+        ("gt-{}.png", "a/gt-7.png", "a/7"),
+        ("gt/{}.png", "gt/7.png", "7"),
+        ("{}_gt.png", "_gt.png", None),  # it stands for something
+        ("{}_gt.png", "7_pred.png", None),
+        ("ab{}bc", "abc", None),
+    ],
+)
+def test_what_a_pattern_stands_for(pattern: str, name: str, key: str | None) -> None:
+    assert Patterns(pattern, "{}.jpg").keys(name)[0] == key
+
+
+@pytest.mark.parametrize("pattern", ["gt.png", "{}_{}.png", "{0}.png"])
+def test_a_pattern_without_a_place(pattern: str) -> None:
+    with pytest.raises(ValueError, match="expected once"):
+        Patterns(pattern, "{}.png")
+
+
+def test_pairs_by_patterns(tmp_path: Path) -> None:
+    touch(tmp_path / "a", "1_gt.png", "2_gt.png", "x/3_gt.png", "other.png")
+    touch(tmp_path / "b", "1_pred.jpg", "x/3_pred.jpg", "4_pred.jpg")
+    pairing = pair_folders(
+        tmp_path / "a", tmp_path / "b", match=Patterns("{}_gt.png", "{}_pred.jpg"), recursive=True
+    )
+    assert [(p.name, p.path1.name) for p in pairing.pairs] == [
+        ("1_gt.png", "1_pred.jpg"),
+        ("x/3_gt.png", "3_pred.jpg"),
+    ]
+    assert pairing.only_in_0 == ["2_gt.png"] and pairing.only_in_1 == ["4_pred.jpg"]
+    assert pairing.passed_over == ["other.png"]
+
+
+def test_several_folders(tmp_path: Path) -> None:
+    touch(tmp_path / "gt", "1.png", "2.png", "10.png")
+    touch(tmp_path / "run1" / "out", "1.png", "2.png", "10.png")
+    touch(tmp_path / "run2" / "out", "2.png", "3.png")
+    pairs, pairings = pair_several(
+        tmp_path / "gt", [tmp_path / "run1" / "out", tmp_path / "run2" / "out"]
+    )
+    assert [(pair.name, pair.folder) for pair in pairs] == [
+        ("1.png", "run1/out"),
+        ("2.png", "run1/out"),
+        ("2.png", "run2/out"),
+        ("10.png", "run1/out"),
+    ]
+    assert pairings[1].only_in_0 == ["1.png", "10.png"] and pairings[1].only_in_1 == ["3.png"]
+    pairs, _ = pair_several(tmp_path / "gt", [tmp_path / "run2" / "out"])
+    assert [(pair.name, pair.folder) for pair in pairs] == [("2.png", "")]
+    with pytest.raises(FolderError, match="is named twice"):
+        pair_several(tmp_path / "gt", [tmp_path / "gt", tmp_path / "run1" / ".." / "gt"])
+
+
+def test_a_list_of_pairs(tmp_path: Path) -> None:
+    path = tmp_path / "pairs.csv"
+    path.write_bytes(
+        '\ufeffa,note,b\r\nx/1.png,"so, so",y/1.jpg\r\n\r\n/2.png,,b 2.png\r\n'.encode()
+    )
+    assert read_pairs(path) == [
+        Pair("x/1.png", tmp_path / "x/1.png", tmp_path / "y/1.jpg"),
+        Pair("/2.png", Path("/2.png"), tmp_path / "b 2.png"),
+    ]
+    path.write_text("image0,image1\n1.png,2.png\n1.png,3.png\n")
+    assert [pair.name for pair in read_pairs(path)] == ["1.png vs 2.png", "1.png vs 3.png"]
+    path.write_text("name,a,b\nfirst,1.png,2.png\nsecond,1.png,2.png\n")
+    assert [pair.name for pair in read_pairs(path)] == ["first", "second"]
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("", r"has the columns of an empty file; expected a header row with a and b"),
+        ("1.png,2.png\n", r"has the columns 1\.png, 2\.png; expected a header row"),
+        ("a,b\n", "lists no pairs"),
+        ("a,b\n1.png\n", "row 1 of .* does not name two images"),
+        ("a,b\n1.png,2.png\n1.png,2.png\n", "rows 1 and 2; a column name"),
+        ("name,a,b\nx,1.png,2.png\nx,1.png,3.png\n", "two pairs that are called 'x'"),
+        ('a,b\n"1.png,2.png\n', "cannot read .*: unexpected end of data"),
+    ],
+)
+def test_lists_that_are_none(tmp_path: Path, text: str, message: str) -> None:
+    path = tmp_path / "pairs.csv"
+    path.write_text(text)
+    with pytest.raises(FolderError, match=message):
+        read_pairs(path)
+    with pytest.raises(FolderError, match=r"cannot read .*: No such file"):
+        read_pairs(tmp_path / "gone.csv")

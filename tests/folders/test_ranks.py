@@ -54,12 +54,14 @@ def test_the_same_bytes_as_one_process(
     arguments = ("dirs", *folders, RANDOM, "--net", net, "-o")
     assert call(*arguments, one) == 1
     # Part of it is there already, and ends within a chunk.
-    content = one.read_bytes()
+    content, record = one.read_bytes(), (tmp_path / "one.csv.jsonl").read_bytes()
     many.write_bytes(content[: content.index(b"\n31.png") + 5])
+    cut = record.index(b'"name": "34.png"')
+    (tmp_path / "many.csv.jsonl").write_bytes(record[:cut])
     process = torchrun(processes, "-m", "lpips_fast", *arguments, many, "--json")
     out, err = process.communicate(timeout=300)
     assert process.returncode == 1, err
-    assert json.loads(out)["results"][net]["count"] == 129  # one object: one rank speaks
+    assert json.loads(out)["results"]["distance"]["count"] == 129  # one object: one rank speaks
     assert err.count("warning: 70.png: cannot read") == 1
     assert err.count("these numbers are not LPIPS") == 1
     assert err.count("1 of 130 pairs could not be measured") == 1
@@ -69,8 +71,9 @@ def test_the_same_bytes_as_one_process(
 # Rank 1 measures some chunks, and then its process is gone at once or it fails.
 LOST = """
 import os, signal, sys
-from lpips_fast import cli, evaluation
-measure, measured = evaluation.Evaluation.measure, []
+from lpips_fast import cli
+from lpips_fast.folders import evaluating
+measure, measured = evaluating.Evaluation.measure, []
 def measure_and_end(self, pairs):
     measured.append(len(pairs))
     if os.environ["RANK"] == "1" and len(measured) > 5:
@@ -78,7 +81,7 @@ def measure_and_end(self, pairs):
             os.kill(os.getpid(), signal.SIGKILL)
         raise RuntimeError("its disk is on fire")
     return measure(self, pairs)
-evaluation.Evaluation.measure = measure_and_end
+evaluating.Evaluation.measure = measure_and_end
 sys.exit(cli.main(sys.argv[2:]))
 """
 
