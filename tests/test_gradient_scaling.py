@@ -129,7 +129,9 @@ class TestModel:
             model.zero_grad()
             leaves = [t.clone().requires_grad_() for t in pair]
             (1e-4 * model(*leaves).mean()).backward()
-            gradients.append([t.grad for t in leaves] + [lin.model[-1].weight.grad for lin in model.lins])
+            gradients.append(
+                [t.grad for t in leaves] + [lin.model[-1].weight.grad for lin in model.lins]
+            )
         for found, expected in zip(*gradients):
             assert cosine(found, expected) > 0.99
             assert (found.norm() / expected.norm()).item() == pytest.approx(1, abs=0.05)
@@ -170,7 +172,9 @@ class TestModel:
 
     def test_features_with_a_graph_are_left_alone(self, half, pair):
         features = half.encode(pair[0].clone().requires_grad_())
-        (of_tap,) = torch.autograd.grad(half(features, half.encode(pair[1])).sum(), features.taps[1])
+        (of_tap,) = torch.autograd.grad(
+            half(features, half.encode(pair[1])).sum(), features.taps[1]
+        )
         assert 0 < of_tap.abs().max() < 1
 
     def test_compiled(self, half, pair):

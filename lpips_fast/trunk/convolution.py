@@ -4,11 +4,11 @@
   AlexNet's first, which is a 3x3 one over blocks of 4x4 positions: it multiplies a quarter to a
   sixth as often as the direct sum. It rounds no more than that (docs/numerics.md), and packed
   weights take up to five times the memory. Images of half precision are only read and written as
-  such. ``LPIPS_FAST_WINOGRAD=0`` in the environment
-  turns it off.
+  such. ``LPIPS_FAST_WINOGRAD=0`` in the environment turns it off.
 - Our own direct sum (``csrc/cpu/direct_kernels.h``) for 3x3 convolutions of the images themselves.
-- oneDNN for the rest: it adds the bias while a result is in registers, and takes weights that were reordered into its own blocked layout once instead of at every call: at
-  small images the reordering costs more than the convolution.
+- oneDNN for the rest: it adds the bias while a result is in registers, and takes weights that were
+  reordered into its own blocked layout once instead of at every call: at small images the
+  reordering costs more than the convolution.
 
 On CUDA it is cuDNN's fused call (:mod:`lpips_fast.trunk.cuda_convolution`).
 """

@@ -35,7 +35,7 @@ def seen(labels: torch.Tensor, kernel: int, stride: int, padding: int) -> torch.
 def pooled(groups: list[torch.Tensor], kernel: int, stride: int, ceil_mode: bool) -> torch.Tensor:
     results = []
     for labels in groups:
-        batch, height, width = labels.shape
+        batch = len(labels)
         rows, columns = F.max_pool2d(
             labels[:, None].double(), kernel, stride, ceil_mode=ceil_mode
         ).shape[2:]
