@@ -94,7 +94,7 @@ class Call:
     def taps(self, images: Sequence[Tensor]) -> Iterator[Tensor]:
         """The compared taps of batches of images one behind the other, layer by layer."""
         model = self.model
-        if trunk_fault(model.net) is not None:
+        if _is_called_whole(model.net):
             outputs = run(model, model.net, self.scaled(images))
             return iter([outputs[k] for k in model.layers])
         return model.net.taps(
@@ -237,6 +237,13 @@ _TRUNK_ATTRIBUTES = frozenset(nn.Module().__dict__) | {"net_name", "N_slices", "
 def trunk_fault(net: nn.Module) -> Fault | None:
     """Why the trunk is called whole: replaced, or somebody waits for it to be called."""
     return own_fault(net, Trunk, _TRUNK_ATTRIBUTES) or _class_fault(Trunk)
+
+
+def _is_called_whole(net: nn.Module) -> bool:
+    """:func:`trunk_fault` in terms that torch.compile turns into guards, too."""
+    if kernels.is_compiling():
+        return type(net) is not Trunk or compiled.is_watched(net)
+    return trunk_fault(net) is not None
 
 
 @functools.cache
