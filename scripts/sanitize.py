@@ -42,10 +42,18 @@ def compiler() -> str:
     return found
 
 
-def run(command: list[str], **environment: str) -> None:
-    done = subprocess.run(command, cwd=REPOSITORY, env={**os.environ, **environment})
+def run(command: list[str], is_quiet: bool = False, **environment: str) -> None:
+    """Runs a command to its end, or ends the run with it; a quiet one speaks when it fails."""
+    done = subprocess.run(
+        command,
+        cwd=REPOSITORY,
+        env={**os.environ, **environment},
+        stdout=subprocess.PIPE if is_quiet else None,
+        stderr=subprocess.STDOUT if is_quiet else None,
+        text=True,
+    )
     if done.returncode != 0:
-        sys.exit(1)
+        sys.exit(f"{done.stdout or ''}\nexit code {done.returncode}: {' '.join(command)}")
 
 
 def compile_drivers(jobs: int) -> list[Path]:
@@ -83,7 +91,7 @@ def build_extension(jobs: int) -> Path:
     package = BUILD / "package"
     command = [sys.executable, "setup.py", "--quiet", "build"]
     command += ["--build-base", str(BUILD / "base"), "--build-lib", str(package)]
-    run(command, LPIPS_FAST_SANITIZE="1", LPIPS_FAST_CUDA="0", MAX_JOBS=str(jobs))
+    run(command, is_quiet=True, LPIPS_FAST_SANITIZE="1", LPIPS_FAST_CUDA="0", MAX_JOBS=str(jobs))
     return package
 
 
