@@ -62,7 +62,8 @@ AOTITorchError aoti_torch_delete_device_guard(DeviceGuardHandle) {
   return 0;
 }
 
-AOTITorchError aoti_torch_get_current_cuda_stream(int32_t, void** stream) {
+// Weak, as csrc/cuda/torch_side.h declares it later.
+[[gnu::weak]] AOTITorchError aoti_torch_get_current_cuda_stream(int32_t, void** stream) {
   ++played::device.streams;
   *stream = &played::device.stream;
   return 0;

@@ -1,6 +1,10 @@
 // The CUDA kernels of the distance, unmodified, on the CPU: behind a plain C interface with a
 // launch plan for raw memory, and behind torch's side of the operators.
 #define EMULATED_OPERATORS lpips_fast_emulated_distance
+// clang-format off: first of all, what the kernels find instead of nvcc's.
+#include "played_torch.h"
+// clang-format on
+
 #include <exception>
 #include <string>
 
@@ -8,7 +12,6 @@
 #include "../../csrc/cuda/distance_cuda.cu"
 #include "../../csrc/ops.cpp"
 #include "guarded_memory.h"
-#include "played_torch.h"
 
 using namespace lpips_fast;
 using namespace lpips_fast::cuda;

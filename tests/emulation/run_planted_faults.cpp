@@ -1,11 +1,14 @@
 // Small kernels with a fault each, and twins without it, to show that the emulation sees the one
 // and is silent of the other. tests/kernels/test_race_detector.py runs them.
+// clang-format off: first of all, what the kernels find instead of nvcc's.
+#include "cuda_emulation.h"
+// clang-format on
+
 #include <exception>
 #include <map>
 #include <string>
 
 #include "../../csrc/cuda/vector_load.cuh"
-#include "cuda_emulation.h"
 #include "guarded_memory.h"
 
 namespace planted {

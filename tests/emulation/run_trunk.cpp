@@ -1,6 +1,10 @@
 // The trunk's CUDA kernels, unmodified, on the CPU: behind a plain C interface for raw memory, and
 // behind torch's side of the operators.
 #define EMULATED_OPERATORS lpips_fast_emulated_trunk
+// clang-format off: first of all, what the kernels find instead of nvcc's.
+#include "played_torch.h"
+// clang-format on
+
 #include <exception>
 #include <string>
 
@@ -9,7 +13,6 @@
 #include "../../csrc/cuda/scale_images_cuda.cu"
 #include "../../csrc/ops.cpp"
 #include "guarded_memory.h"
-#include "played_torch.h"
 
 using namespace lpips_fast;
 using namespace lpips_fast::cuda;
