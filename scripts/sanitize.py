@@ -42,11 +42,13 @@ def compiler() -> str:
     return found
 
 
-def run(command: list[str], is_quiet: bool = False, **environment: str) -> None:
+def run(
+    command: list[str], is_quiet: bool = False, folder: Path = REPOSITORY, **environment: str
+) -> None:
     """Runs a command to its end, or ends the run with it; a quiet one speaks when it fails."""
     done = subprocess.run(
         command,
-        cwd=REPOSITORY,
+        cwd=folder,
         env={**os.environ, **environment},
         stdout=subprocess.PIPE if is_quiet else None,
         stderr=subprocess.STDOUT if is_quiet else None,
@@ -105,14 +107,20 @@ def run_tests(package: Path, tests: list[str]) -> None:
         "max_allocation_size_mb": "3072",
         "abort_on_error": "0",
     }
-    run(
-        [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", *tests],
-        LD_PRELOAD=runtime,
-        ASAN_OPTIONS=":".join(f"{key}={value}" for key, value in options.items()),
-        UBSAN_OPTIONS="print_stacktrace=1",
-        PYTHONPATH=str(package),
-        LPIPS_FAST_SANITIZED="1",
-    )
+    environment = {
+        "LD_PRELOAD": runtime,
+        "ASAN_OPTIONS": ":".join(f"{key}={value}" for key, value in options.items()),
+        "UBSAN_OPTIONS": "print_stacktrace=1",
+        "PYTHONPATH": str(package),
+    }
+    # From another folder than the repository's, whose package would be found first.
+    found = f"import lpips_fast, pathlib; assert pathlib.Path({str(package)!r}) in "
+    found += "pathlib.Path(lpips_fast.__file__).parents, lpips_fast.__file__"
+    run([sys.executable, "-c", found], folder=BUILD, **environment)
+    pytest = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider"]
+    pytest += ["-c", str(REPOSITORY / "pyproject.toml"), "--rootdir", str(REPOSITORY)]
+    pytest += [str(REPOSITORY / test) for test in tests]
+    run(pytest, folder=BUILD, **environment)
 
 
 def main() -> None:
