@@ -43,13 +43,16 @@ def compiler() -> str:
 
 
 def run(
-    command: list[str], is_quiet: bool = False, folder: Path = REPOSITORY, **environment: str
+    command: list[str],
+    environment: dict[str, str] | None = None,
+    is_quiet: bool = False,
+    folder: Path = REPOSITORY,
 ) -> None:
     """Runs a command to its end, or ends the run with it; a quiet one speaks when it fails."""
     done = subprocess.run(
         command,
         cwd=folder,
-        env={**os.environ, **environment},
+        env={**os.environ, **(environment or {})},
         stdout=subprocess.PIPE if is_quiet else None,
         stderr=subprocess.STDOUT if is_quiet else None,
         text=True,
@@ -93,7 +96,8 @@ def build_extension(jobs: int) -> Path:
     package = BUILD / "package"
     command = [sys.executable, "setup.py", "--quiet", "build"]
     command += ["--build-base", str(BUILD / "base"), "--build-lib", str(package)]
-    run(command, is_quiet=True, LPIPS_FAST_SANITIZE="1", LPIPS_FAST_CUDA="0", MAX_JOBS=str(jobs))
+    settings = {"LPIPS_FAST_SANITIZE": "1", "LPIPS_FAST_CUDA": "0", "MAX_JOBS": str(jobs)}
+    run(command, settings, is_quiet=True)
     return package
 
 
@@ -116,11 +120,11 @@ def run_tests(package: Path, tests: list[str]) -> None:
     # From another folder than the repository's, whose package would be found first.
     found = f"import lpips_fast, pathlib; assert pathlib.Path({str(package)!r}) in "
     found += "pathlib.Path(lpips_fast.__file__).parents, lpips_fast.__file__"
-    run([sys.executable, "-c", found], folder=BUILD, **environment)
+    run([sys.executable, "-c", found], environment, folder=BUILD)
     pytest = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider"]
     pytest += ["-c", str(REPOSITORY / "pyproject.toml"), "--rootdir", str(REPOSITORY)]
     pytest += [str(REPOSITORY / test) for test in tests]
-    run(pytest, folder=BUILD, **environment)
+    run(pytest, environment, folder=BUILD)
 
 
 def main() -> None:
