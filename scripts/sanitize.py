@@ -103,8 +103,12 @@ def build_extension(jobs: int) -> Path:
 
 def run_tests(package: Path, tests: list[str]) -> None:
     """pytest on the package under the sanitizers, whose runtime Python itself does not have."""
-    find = [compiler(), "-print-file-name=libasan.so"]
-    runtime = subprocess.run(find, capture_output=True, text=True, check=True).stdout.strip()
+    # And the C++ library, before which the runtime cannot catch exceptions.
+    finds = [[compiler(), f"-print-file-name={name}"] for name in ("libasan.so", "libstdc++.so")]
+    runtime = " ".join(
+        subprocess.run(find, capture_output=True, text=True, check=True).stdout.strip()
+        for find in finds
+    )
     options = {
         "detect_leaks": "0",  # Python's and torch's own, of the whole process
         "allocator_may_return_null": "1",  # an absurd size is refused, as without the sanitizer
@@ -118,10 +122,11 @@ def run_tests(package: Path, tests: list[str]) -> None:
         "PYTHONPATH": str(package),
     }
     # From another folder than the repository's, whose package would be found first.
-    found = f"import lpips_fast, pathlib; assert pathlib.Path({str(package)!r}) in "
-    found += "pathlib.Path(lpips_fast.__file__).parents, lpips_fast.__file__"
-    run([sys.executable, "-c", found], environment, folder=BUILD)
+    is_ours = f"import lpips_fast, pathlib; assert pathlib.Path({str(package)!r}) in "
+    is_ours += "pathlib.Path(lpips_fast.__file__).parents, lpips_fast.__file__"
+    run([sys.executable, "-c", is_ours], environment, folder=BUILD)
     pytest = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider"]
+    pytest += ["--capture=sys"]  # what a sanitizer finds is written to the process's own output
     pytest += ["-c", str(REPOSITORY / "pyproject.toml"), "--rootdir", str(REPOSITORY)]
     pytest += [str(REPOSITORY / test) for test in tests]
     run(pytest, environment, folder=BUILD)
