@@ -186,26 +186,30 @@ inline bool lie_plainly(const py::list& tensors, const py::object& device, const
   return true;
 }
 
-// Whether weights are the very tensors, of the version, at the address and with the memory that
-// were packed: WeightWatch for all of a slice in one call.
+// Whether weights lie in the very storages, are of the version, at the address, in the order and
+// with the memory that were packed: WeightWatch for all of a slice in one call. Storages are looked
+// at, not tensors: torch swaps no tensor (torch.utils.swap_tensors) that has a weak reference.
 class WeightsCheck {
  public:
   WeightsCheck(const py::list& weights, std::vector<std::shared_ptr<WeightWatch>> watches) {
     for (size_t k = 0; k < watches.size(); ++k) {
-      py::object weight = weights[k];
-      weights_.push_back({py::weakref(weight), version(weight.ptr()), address(weight.ptr()),
-                          std::move(watches[k])});
+      PyObject* weight = PyList_GET_ITEM(weights.ptr(), Py_ssize_t(k));
+      weights_.push_back({py::weakref(called(weight, "untyped_storage")), version(weight),
+                          address(weight), described(weight), std::move(watches[k])});
     }
   }
 
-  // 0: all as they were; otherwise ask each of them.
+  // False: perhaps not, ask each of them.
   bool unchanged(const py::list& weights) const {
     if (weights.size() != weights_.size()) return false;
+    static PyObject* const name = PyUnicode_InternFromString("untyped_storage");
     for (size_t k = 0; k < weights_.size(); ++k) {
       const One& one = weights_[k];
       PyObject* weight = PyList_GET_ITEM(weights.ptr(), Py_ssize_t(k));
-      if (PyWeakref_GET_OBJECT(one.weight.ptr()) != weight) return false;
+      const py::object storage = called(weight, name);
+      if (PyWeakref_GET_OBJECT(one.storage.ptr()) != storage.ptr()) return false;
       if (version(weight) != one.version || address(weight) != one.address) return false;
+      if (!are_equal(described(weight).ptr(), one.described.ptr())) return false;
       if (one.watch->look(one.address) != WeightWatch::Verdict::kSame) return false;
     }
     return true;
@@ -213,11 +217,22 @@ class WeightsCheck {
 
  private:
   struct One {
-    py::weakref weight;
+    py::weakref storage;
     long version;
     std::uintptr_t address;
+    py::object described;
     std::shared_ptr<WeightWatch> watch;
   };
+
+  static py::object called(PyObject* tensor, PyObject* method) {
+    PyObject* result = PyObject_CallMethodNoArgs(tensor, method);
+    if (result == nullptr) throw py::error_already_set();
+    return py::reinterpret_steal<py::object>(result);
+  }
+
+  static py::object called(PyObject* tensor, const char* method) {
+    return called(tensor, py::str(method).ptr());
+  }
 
   // -1 for a tensor of inference_mode, which counts none.
   static long version(PyObject* tensor) {
@@ -229,9 +244,18 @@ class WeightsCheck {
 
   static std::uintptr_t address(PyObject* tensor) {
     static PyObject* const name = PyUnicode_InternFromString("data_ptr");
-    const auto found = py::reinterpret_steal<py::object>(PyObject_CallMethodNoArgs(tensor, name));
-    if (!found) throw py::error_already_set();
-    return PyLong_AsSize_t(found.ptr());
+    return PyLong_AsSize_t(called(tensor, name).ptr());
+  }
+
+  // Shape, strides, dtype: `p.data = …` may have the same memory read in another way.
+  static py::object described(PyObject* tensor) {
+    static PyObject* const shape = PyUnicode_InternFromString("shape");
+    static PyObject* const stride = PyUnicode_InternFromString("stride");
+    static PyObject* const dtype = PyUnicode_InternFromString("dtype");
+    const auto sizes = py::reinterpret_steal<py::object>(PyObject_GetAttr(tensor, shape));
+    const auto kind = py::reinterpret_steal<py::object>(PyObject_GetAttr(tensor, dtype));
+    if (!sizes || !kind) throw py::error_already_set();
+    return py::make_tuple(sizes, called(tensor, stride), kind);
   }
 
   std::vector<One> weights_;

@@ -20,18 +20,21 @@ from . import kernels
 from .features import Features
 from .linear import NetLinLayer, drops
 from .scaling import ScalingLayer, scaled_batch, scaled_batch_and_flags, scaled_pair
-from .trunk import Trunk, compiled, tap_channels
+from .trunk import TRUNKS, Trunk, compiled, tap_channels
 from .trunk.detached import call_detached
 from .trunk.legality import (
     GLOBAL_HOOKS,
+    METHODS,
     FastSlice,
     Fault,
     Template,
     call_fault,
+    calls_fault,
     device_fault,
     module_fault,
     own_fault,
 )
+from .trunk.table import IMAGE_CHANNELS
 
 if TYPE_CHECKING:
     from .lpips import LPIPS
@@ -142,11 +145,14 @@ def prepare_call(model: LPIPS, images: Sequence[Tensor], unit_range: bool) -> Ca
     if kernels.is_compiling():
         return _compiled_call(model, unit_range, like.device, dtype)
     by_hand = None
-    if call_fault(images, like.device, dtype) is None and trunk_fault(model.net) is None:
+    fault = call_fault(images, like.device, dtype)
+    if fault is None and trunk_fault(model.net) is None:
         by_hand = model.net.fast_slices(like.device, dtype, model.frozen)
     scales = by_hand is not None and scaling_fault(model.scaling_layer) is None
     # Under transforms nothing is asked of the layers: they are called.
-    linear = kernels.has_operators() and lins_are_linear(model)
+    linear = kernels.has_operators() and (
+        _lins_fault(model) is None if fault is None else lins_fault(model) is None
+    )
     return Call(model, unit_range, by_hand, scales, linear)
 
 
@@ -203,14 +209,13 @@ def fast_path(model: LPIPS) -> dict[str, str]:
     """Of every part of a model ``"yes"``, or the first reason why it is called as a module."""
     like = like_of(model)
     dtype = model.dtype or like.dtype
-    faults: dict[str, object] = {"scaling_layer": scaling_fault(model.scaling_layer)}
     whole = call_fault([], like.device, dtype) or trunk_fault(model.net)
+    faults: dict[str, object] = {"scaling_layer": whole or scaling_fault(model.scaling_layer)}
     slices = model.net.fast_slices(like.device, dtype, model.frozen) if whole is None else []
     for k in range(len(tap_channels(model.net_name))):
         found = slices[k] if slices else whole
         faults[f"slice{k + 1}"] = None if isinstance(found, FastSlice) else found
-    lins = (lin_fault(model, k) for k in model.layers) if model.lpips else iter(())
-    faults["lins"] = next((fault for fault in lins if fault is not None), None)
+    faults["lins"] = lins_fault(model)
     return {part: "yes" if fault is None else str(fault) for part, fault in faults.items()}
 
 
@@ -233,12 +238,24 @@ def size_of(image: Tensor) -> tuple[int, int]:
 # --------------------------------------------------------------------------- is it as built?
 
 
+_CLASSES: dict[type[nn.Module], kernels.AttributeCheck] = {
+    kind: kernels.AttributeCheck([(kind, name) for name in METHODS if hasattr(kind, name)])
+    for kind in (Trunk, ScalingLayer, NetLinLayer)
+}
+
+
+def _class_fault(kind: type[nn.Module]) -> Fault | None:
+    if _CLASSES[kind].unchanged():
+        return None
+    return Fault("", f"is a {kind.__name__}, of which a method was replaced")
+
+
 _TRUNK_ATTRIBUTES = frozenset(nn.Module().__dict__) | {"net_name", "N_slices", "_outputs"}
 
 
 def trunk_fault(net: nn.Module) -> Fault | None:
     """Why the trunk is called whole: replaced, or somebody waits for it to be called."""
-    return own_fault(net, Trunk, _TRUNK_ATTRIBUTES)
+    return own_fault(net, Trunk, _TRUNK_ATTRIBUTES) or _class_fault(Trunk)
 
 
 @functools.cache
@@ -248,7 +265,19 @@ def _scaling_template() -> Template:
 
 def scaling_fault(layer: nn.Module) -> Fault | None:
     """Why the scaling layer is called as a module."""
-    return module_fault(layer, _scaling_template(), [])
+    fault = module_fault(layer, _scaling_template(), []) or _class_fault(ScalingLayer)
+    if fault is not None:
+        return fault
+    for name, buffer in layer._buffers.items():
+        if type(buffer) is not Tensor or buffer.shape != (1, IMAGE_CHANNELS, 1, 1):
+            return Fault("", f"has a {name} that is not one number a channel, as built")
+        if buffer.requires_grad:
+            return Fault("", f"has a {name} that learns")
+    return None
+
+
+# What the trunks have; ``model.chns`` is the user's to change, and nothing reads it in lpips.
+CHANNELS = {net: tap_channels(net) for net in TRUNKS}
 
 
 @functools.cache
@@ -267,7 +296,8 @@ def lin_fault(model: LPIPS, layer: int) -> Fault | None:
     lin = lins._modules.get(str(layer)) if type(lins) is nn.ModuleList else lins[layer]
     dropout = _dropout(lin) if type(lin) is NetLinLayer else None
     rate = None if dropout is None else dropout.p
-    fault = module_fault(lin, _lin_template(model.chns[layer], rate), [])  # type: ignore[arg-type]
+    template = _lin_template(CHANNELS[model.net_name][layer], rate)
+    fault = module_fault(lin, template, []) or _class_fault(NetLinLayer)  # type: ignore[arg-type]
     if fault is None and dropout is not None and dropout.training and rate:
         return Fault("", "drops channels in training mode")
     return fault
@@ -286,8 +316,20 @@ def _is_linear(lin: nn.Module) -> bool:
     return not any(compiled.is_watched(module) for module in (lin, lin.model, lin.model[-1]))
 
 
+def lins_fault(model: LPIPS) -> Fault | str | None:
+    """Why the linear layers are called as modules; the baseline has none."""
+    return _lins_fault(model) or (calls_fault() if model.lpips else None)
+
+
+def _lins_fault(model: LPIPS) -> Fault | None:
+    if not model.lpips:
+        return None
+    faults = (lin_fault(model, k) for k in model.layers)
+    return next((fault for fault in faults if fault is not None), None)
+
+
 def lins_are_linear(model: LPIPS) -> bool:
     """Whether the linear layers are nothing but weights a channel: as built, without dropout."""
     if kernels.is_compiling():
         return not model.lpips or all(_is_linear(model.lins[k]) for k in model.layers)
-    return not model.lpips or all(lin_fault(model, k) is None for k in model.layers)
+    return lins_fault(model) is None

@@ -13,7 +13,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from .lpips import LPIPS
+from .lpips import LPIPS, Version
 from .normalization import Normalization
 
 try:
@@ -79,7 +79,7 @@ class LPIPSMetric(Metric):
         reduction: Literal["mean", "sum", "none"] | None = "mean",
         normalize: bool = False,
         *,
-        version: str = "0.1",
+        version: Version = "0.1",
         lpips: bool = True,
         weights: str | os.PathLike[str] | Mapping[str, Tensor] | None = None,
         dtype: torch.dtype | None = None,

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from . import composed, functional, gradient_scaling, kernels
-from .calls import Call, is_unwatched, like_of, prepare_call, run, size_of
+from .calls import CHANNELS, Call, is_unwatched, like_of, prepare_call, run, size_of
 from .composed import accumulator_dtype
 from .features import Features
 from .inputs import check_same_size, common_batch
@@ -251,7 +251,8 @@ def _slice_by_slice(
     model = call.model
     assert call.by_hand is not None
     layers = []
-    weights = iter(channel_weights(call, x))
+    channels = [CHANNELS[model.net_name][k] for k in model.layers]
+    weights = iter(channel_weights(call, x, model.layers, channels))
     keys = receptive_fields(call.by_hand[: len(targets)], as_images(x))
     for by_hand, target, of_slice in zip(call.by_hand, targets, keys):
         assert isinstance(by_hand, FastSlice)
@@ -292,7 +293,7 @@ def compare(
             )
             maps.append(run(model, model.lins[k], (normal0 - normal1) ** 2))
         return [upsample(m, size) if model.spatial else spatial_average(m) for m in maps]
-    weights = channel_weights(call, taps0[0], layers)
+    weights = channel_weights(call, taps0[0], layers, [tap.shape[1] for tap in taps0])
     if not kernels.has_operators():
         maps = [
             composed.distance_map(a, b, w, eps, model.normalization)
@@ -309,13 +310,18 @@ def compare(
     return [d.view(-1, 1, 1, 1) for d in distances.unbind(dim=1)]
 
 
-def channel_weights(call: Call, like: Tensor, layers: Sequence[int] | None = None) -> list[Tensor]:
-    """(C_l,) of the compared layers, as the operators take them beside features ``like``."""
+def channel_weights(
+    call: Call, like: Tensor, layers: Sequence[int], channels: Sequence[int]
+) -> list[Tensor]:
+    """(C_l,) of some layers, as the operators take them beside features ``like``.
+
+    Args:
+        channels: of the taps, which a slice that somebody replaced may have changed.
+    """
     model = call.model
     dtype = accumulator_dtype(like.dtype)
-    layers = model.layers if layers is None else layers
     if not model.lpips:
-        return [like.new_ones(model.chns[k], dtype=dtype) for k in layers]
+        return [like.new_ones(count, dtype=dtype) for count in channels]
     weights = [call.weights.get(k, model.layer_weight(k)) for k in layers]
     return [weight.view(-1).to(dtype) for weight in weights]
 

@@ -427,7 +427,7 @@ def parametrizations(model: nn.Module) -> None:
     torch.manual_seed(0)
     torch.nn.utils.parametrizations.orthogonal(model.net.slice3[1])
     torch.nn.utils.parametrizations.weight_norm(model.net.slice2[1])
-    torch.nn.utils.parametrizations.spectral_norm(model.net.slice4[1]).eval()
+    torch.nn.utils.parametrizations.spectral_norm(model.net.slice4[0]).eval()
 
 
 def quantization_observers(model: nn.Module) -> nn.Module:

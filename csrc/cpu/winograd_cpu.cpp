@@ -5,8 +5,8 @@
 #include <array>
 #include <cstdint>
 #include <optional>
-#include <vector>
 #include <utility>
+#include <vector>
 
 #include "../convolution.h"
 #include "channels_last_tensors.h"

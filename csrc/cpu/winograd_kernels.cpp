@@ -287,8 +287,7 @@ bool winograd_has_outliers(const scalar_t* numbers, int64_t count) {
   };
   bits_t largest = 0;
   for (int64_t k = 0; k < count; ++k)
-    largest = std::max<bits_t>(
-        largest, bits_of(numbers[k]) & std::numeric_limits<bits_t>::max());
+    largest = std::max<bits_t>(largest, bits_of(numbers[k]) & std::numeric_limits<bits_t>::max());
   return largest > bits_of(static_cast<scalar_t>(kOutlierBound));
 }
 
@@ -350,17 +349,16 @@ void winograd_transform_output(const float* m, int64_t stride, const float* outl
       : transform_output<8>(m, stride, outliers, columns, shape, tile, epilogue, results, n);
 }
 
-#define LPIPS_FAST_WINOGRAD_FOR(scalar_t)                                                          \
-  template void winograd_transform_input(const Positions<const scalar_t>&, int64_t,                \
-                                         const WinogradImage&, int64_t, bool, float*, int64_t);    \
-  template bool winograd_has_outliers(const scalar_t*, int64_t);                                   \
-  template void winograd_add_outliers(const Positions<const scalar_t>&, int64_t,                   \
-                                      const WinogradImage&, int64_t, const float*, int64_t,        \
-                                      float*);                                                     \
-  template void winograd_transform_output(const float*, int64_t, const float*, int64_t,            \
-                                          const WinogradImage&, int64_t,                           \
-                                          const ConvolutionEpilogue<scalar_t>&,                    \
-                                          const Positions<scalar_t>&, int64_t)
+#define LPIPS_FAST_WINOGRAD_FOR(scalar_t)                                                       \
+  template void winograd_transform_input(const Positions<const scalar_t>&, int64_t,             \
+                                         const WinogradImage&, int64_t, bool, float*, int64_t); \
+  template bool winograd_has_outliers(const scalar_t*, int64_t);                                \
+  template void winograd_add_outliers(const Positions<const scalar_t>&, int64_t,                \
+                                      const WinogradImage&, int64_t, const float*, int64_t,     \
+                                      float*);                                                  \
+  template void winograd_transform_output(                                                      \
+      const float*, int64_t, const float*, int64_t, const WinogradImage&, int64_t,              \
+      const ConvolutionEpilogue<scalar_t>&, const Positions<scalar_t>&, int64_t)
 LPIPS_FAST_WINOGRAD_FOR(float);
 LPIPS_FAST_WINOGRAD_FOR(c10::BFloat16);
 LPIPS_FAST_WINOGRAD_FOR(c10::Half);

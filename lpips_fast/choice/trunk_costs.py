@@ -30,7 +30,7 @@ import warnings
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal, get_args
+from typing import Any, Literal, cast, get_args
 
 import torch
 from torch import Tensor
@@ -165,12 +165,13 @@ def device_name(device: torch.device) -> str:
 
 def _call(net: str, setting: Setting, image_size: tuple[int, int]) -> tuple[Callable[[], Any], int]:
     """What is measured, and the bytes of the model's weights."""
-    from ..lpips import LPIPS
+    from ..lpips import LPIPS, Net
 
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
         dtype = None if setting.dtype == torch.float32 else setting.dtype
-        model = LPIPS(net=net, pnet_rand=True, dtype=dtype, verbose=False).requires_grad_(False)
+        model = LPIPS(net=cast(Net, net), pnet_rand=True, dtype=dtype, verbose=False)
+        model.requires_grad_(False)
         image, target = torch.rand(2, 1, 3, *image_size).mul_(2).sub_(1).to(setting.device)
     model = model.to(setting.device)
     held = sum(t.numel() * t.element_size() for t in (*model.parameters(), *model.buffers()))

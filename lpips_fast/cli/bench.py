@@ -13,7 +13,7 @@ import json
 import sys
 import warnings
 from collections.abc import Callable
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch.utils.benchmark import Measurement, Timer
@@ -100,10 +100,12 @@ Case = tuple[str, str, str]  # net, task, package
 
 
 def _cases(nets: list[str], options: argparse.Namespace) -> dict[Case, Callable[[], Any]]:
-    from ..lpips import LPIPS
+    from ..lpips import LPIPS, Net
 
     packages: dict[str, Callable[[str], torch.nn.Module]] = {
-        _OURS: lambda net: to_device(LPIPS(net=net, pnet_rand=True, verbose=False), options.device)
+        _OURS: lambda net: to_device(
+            LPIPS(net=cast(Net, net), pnet_rand=True, verbose=False), options.device
+        )
     }
     original = _original_class()
     if original is not None:

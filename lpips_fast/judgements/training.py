@@ -35,7 +35,7 @@ import time
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal, get_args
+from typing import Any, Literal, cast, get_args
 
 import torch
 from torch import Tensor, nn
@@ -43,7 +43,7 @@ from tqdm import tqdm
 
 from ..compat import BCERankingLoss
 from ..linear import linear_weight, project_linear_weights
-from ..lpips import LPIPS
+from ..lpips import LPIPS, Net, Version
 from ..normalization import Normalization
 from ..weights import read_state_dict
 from .channel_means import CachedTriplets, cache_triplets
@@ -209,8 +209,8 @@ def new_model(
     with _seeded(seed, 0, torch.device("cpu")):
         model = LPIPS(
             pretrained=initialization == "pretrained",
-            net=net,
-            version=version,
+            net=cast(Net, net),
+            version=cast(Version, version),
             pnet_rand=random_trunk or mode == "scratch",
             pnet_tune=mode != "lin",
             normalization=normalization,

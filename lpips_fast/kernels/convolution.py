@@ -42,8 +42,9 @@ def _(weight: Tensor) -> Tensor:
 @fake_kernel("winograd_pack")
 def _(weight: Tensor) -> Tensor:
     out_channels, in_channels, kernel, _ = weight.shape
-    elements = (kernel + 3) ** 2  # of a tile with 4 x 4 results
-    return weight.new_empty((elements, -(-out_channels // _PANEL), in_channels, _PANEL))
+    # Those of a tile with 4 x 4 results, and behind them the plain weights.
+    planes = (kernel + 3) ** 2 + kernel**2
+    return weight.new_empty((planes, -(-out_channels // _PANEL), in_channels, _PANEL))
 
 
 @fake_kernel("depth_to_space")

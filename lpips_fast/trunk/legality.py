@@ -33,6 +33,7 @@ _UNCOMPARED = frozenset(
         "_parameters",
         "_buffers",
         "_modules",
+        "_is_full_backward_hook",  # the kind of the last one, kept when it is gone
         "_non_persistent_buffers_set",
         "_state_dict_hooks",
         "_state_dict_pre_hooks",
@@ -68,7 +69,7 @@ class FastSlice:
 
     @property
     def keep_nan(self) -> bool:
-        """Whether NaN comes through: by the first slice one in an image reaches the distance."""
+        """Whether NaN comes through on CUDA: by the first slice one in an image reaches the tap."""
         return self.number == 1 and not self.flagged
 
 
@@ -116,6 +117,10 @@ class Fault:
         return Fault(f"{name}.{self.where}" if self.where else name, self.what)
 
 
+#: Of modules that are as built and only learn: these may be given images in any memory order.
+LEARNS = Fault("", "has weights that learn")
+
+
 def module_fault(module: nn.Module, template: Template, found: list[Tensor]) -> Fault | None:
     """The first thing in which a module differs from its template, or None.
 
@@ -135,7 +140,7 @@ def _fault_in_words(module: nn.Module, template: Template, found: list[Tensor]) 
     attributes = module.__dict__
     for key, value in template.configuration:
         now = attributes[key]
-        if now is not value and now != value:
+        if now is not value and (type(now) is not type(value) or now != value):
             return Fault("", f"has {key} {now!r}, not {value!r} as built")
     parameters = attributes["_parameters"]
     if len(parameters) != len(template.shapes) or tuple(attributes["_buffers"]) != template.buffers:
@@ -197,7 +202,7 @@ def weights_fault(
             return Fault("", f"a weight is {parameter.dtype} and the images are {dtype}")
         if parameter.layout is not torch.strided or parameter.data_ptr() == 0:
             return Fault("", "a weight has no memory of its own")
-        if parameter.dim() == 4 and not is_packable(parameter):
+        if not (is_packable(parameter) if parameter.dim() == 4 else parameter.is_contiguous()):
             return Fault("", "a weight does not lie dense in memory")
     return None
 
@@ -239,7 +244,7 @@ def fast_slice(
     if fault is not None:
         return fault
     if not frozen and torch.is_grad_enabled() and any(p.requires_grad for p in found):
-        return Fault("", "has weights that learn")
+        return LEARNS
     autocast = kernels.autocast_dtype(device) is not None
     fault = weights_fault(found, device, found[0].dtype if autocast else dtype)
     return FastSlice(net, number, tuple(found)) if fault is None else fault
@@ -283,7 +288,8 @@ def fast_slices(
 # ------------------------------------------------------------------------------------ the call
 
 
-_METHODS = ("forward", "__call__", "_call_impl", "_wrapped_call_impl", "_conv_forward")
+# What a call of a module runs.
+METHODS = ("forward", "__call__", "_call_impl", "_wrapped_call_impl", "_conv_forward")
 _CLASSES = (
     nn.Conv2d,
     nn.ReLU,
@@ -294,8 +300,9 @@ _CLASSES = (
     CeilMaxPool2d,
 )
 _FUNCTIONS = [
-    *((kind, name) for kind in _CLASSES for name in _METHODS if hasattr(kind, name)),
+    *((kind, name) for kind in _CLASSES for name in METHODS if hasattr(kind, name)),
     *((nn.functional, name) for name in ("conv2d", "relu", "max_pool2d")),
+    *((nn, name) for name in ("Conv2d", "ReLU", "MaxPool2d", "Sequential", "Dropout")),
 ]
 _AS_IMPORTED = [getattr(owner, name) for owner, name in _FUNCTIONS]
 _FUNCTION_CHECK = kernels.AttributeCheck(_FUNCTIONS)
@@ -315,6 +322,11 @@ def call_fault(images: Iterable[Tensor], device: torch.device, dtype: torch.dtyp
             return "the batch is empty"
     if not kernels.is_eager():
         return "torch is exporting, tracing or transforming the call"
+    return calls_fault() or device_fault(device, dtype)
+
+
+def calls_fault() -> str | None:
+    """Why every module is called just now, whatever it is: somebody watches or changes all."""
     if torch._C._len_torch_dispatch_stack() > 0:
         return "a TorchDispatchMode is active"
     if torch._C._len_torch_function_stack() > 0 and any(
@@ -327,7 +339,7 @@ def call_fault(images: Iterable[Tensor], device: torch.device, dtype: torch.dtyp
         for (owner, name), function in zip(_FUNCTIONS, _AS_IMPORTED):
             if getattr(owner, name) is not function:
                 return f"{owner.__name__}.{name} was replaced"
-    return device_fault(device, dtype)
+    return None
 
 
 def device_fault(device: torch.device, dtype: torch.dtype) -> str | None:

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from . import legality, packing
 from .detached import call_detached
 from .layers import make_layer
-from .legality import FastSlice, Fault
+from .legality import LEARNS, FastSlice, Fault
 from .receptive_fields import receptive_fields
 from .slice_node import as_images, slice_tap
 from .table import IMAGE_CHANNELS, TRUNKS, trunk_spec
@@ -138,6 +138,9 @@ class Trunk(nn.Module):
                 else:
                     held = [slice_tap(by_hand, held, of_slice)]
             else:
+                if isinstance(by_hand, Fault) and by_hand is not LEARNS:
+                    # As in lpips, for whoever looks into a slice that was changed.
+                    held = [held.pop().contiguous()]
                 run = functools.partial(call_detached, block) if frozen else block
                 if checkpoint and torch.is_grad_enabled():
                     held = [_checkpoint(run, held.pop())]
