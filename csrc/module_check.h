@@ -7,8 +7,11 @@
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
+#include <memory>
 #include <utility>
 #include <vector>
+
+#include "weight_watch.h"
 
 namespace lpips_fast {
 
@@ -153,23 +156,25 @@ class AttributeCheck {
   std::vector<Attribute> attributes_;
 };
 
-// Whether plain tensors lie contiguous on a device, in a dtype. False: perhaps not, ask in words.
+// Whether plain tensors lie contiguous on a device, in a dtype, and (`frozen`) ask for no gradient.
+// False: perhaps not, ask in words.
 inline bool lie_plainly(const py::list& tensors, const py::object& device, const py::object& dtype,
-                        const py::object& layout) {
+                        const py::object& layout, bool frozen) {
   static PyObject* const names[] = {
-      PyUnicode_InternFromString("device"), PyUnicode_InternFromString("dtype"),
-      PyUnicode_InternFromString("layout"), PyUnicode_InternFromString("is_contiguous"),
-      PyUnicode_InternFromString("data_ptr")};
-  PyObject* const expected[] = {device.ptr(), dtype.ptr(), layout.ptr()};
+      PyUnicode_InternFromString("device"),        PyUnicode_InternFromString("dtype"),
+      PyUnicode_InternFromString("layout"),        PyUnicode_InternFromString("requires_grad"),
+      PyUnicode_InternFromString("is_contiguous"), PyUnicode_InternFromString("data_ptr")};
+  PyObject* const expected[] = {device.ptr(), dtype.ptr(), layout.ptr(), Py_False};
+  const int attributes = frozen ? 4 : 3;
   for (const py::handle tensor : tensors) {
-    for (int k = 0; k < 3; ++k) {
+    for (int k = 0; k < attributes; ++k) {
       const auto now = py::reinterpret_steal<py::object>(PyObject_GetAttr(tensor.ptr(), names[k]));
       if (!now || !are_equal(now.ptr(), expected[k])) {
         PyErr_Clear();
         return false;
       }
     }
-    for (int k = 3; k < 5; ++k) {
+    for (int k = 4; k < 6; ++k) {
       const auto now =
           py::reinterpret_steal<py::object>(PyObject_CallMethodNoArgs(tensor.ptr(), names[k]));
       if (!now || PyObject_IsTrue(now.ptr()) != 1) {
@@ -180,5 +185,80 @@ inline bool lie_plainly(const py::list& tensors, const py::object& device, const
   }
   return true;
 }
+
+// Whether weights lie in the very storages, are of the version, at the address, in the order and
+// with the memory that were packed: WeightWatch for all of a slice in one call. Storages are looked
+// at, not tensors: torch swaps no tensor (torch.utils.swap_tensors) that has a weak reference.
+class WeightsCheck {
+ public:
+  WeightsCheck(const py::list& weights, std::vector<std::shared_ptr<WeightWatch>> watches) {
+    for (size_t k = 0; k < watches.size(); ++k) {
+      PyObject* weight = PyList_GET_ITEM(weights.ptr(), Py_ssize_t(k));
+      weights_.push_back({py::weakref(called(weight, "untyped_storage")), version(weight),
+                          address(weight), described(weight), std::move(watches[k])});
+    }
+  }
+
+  // False: perhaps not, ask each of them.
+  bool unchanged(const py::list& weights) const {
+    if (weights.size() != weights_.size()) return false;
+    static PyObject* const name = PyUnicode_InternFromString("untyped_storage");
+    for (size_t k = 0; k < weights_.size(); ++k) {
+      const One& one = weights_[k];
+      PyObject* weight = PyList_GET_ITEM(weights.ptr(), Py_ssize_t(k));
+      const py::object storage = called(weight, name);
+      if (PyWeakref_GET_OBJECT(one.storage.ptr()) != storage.ptr()) return false;
+      if (version(weight) != one.version || address(weight) != one.address) return false;
+      if (!are_equal(described(weight).ptr(), one.described.ptr())) return false;
+      if (one.watch->look(one.address) != WeightWatch::Verdict::kSame) return false;
+    }
+    return true;
+  }
+
+ private:
+  struct One {
+    py::weakref storage;
+    long version;
+    std::uintptr_t address;
+    py::object described;
+    std::shared_ptr<WeightWatch> watch;
+  };
+
+  static py::object called(PyObject* tensor, PyObject* method) {
+    PyObject* result = PyObject_CallMethodNoArgs(tensor, method);
+    if (result == nullptr) throw py::error_already_set();
+    return py::reinterpret_steal<py::object>(result);
+  }
+
+  static py::object called(PyObject* tensor, const char* method) {
+    return called(tensor, py::str(method).ptr());
+  }
+
+  // -1 for a tensor of inference_mode, which counts none.
+  static long version(PyObject* tensor) {
+    static PyObject* const name = PyUnicode_InternFromString("_version");
+    const auto found = py::reinterpret_steal<py::object>(PyObject_GetAttr(tensor, name));
+    if (!found) PyErr_Clear();
+    return found ? PyLong_AsLong(found.ptr()) : -1;
+  }
+
+  static std::uintptr_t address(PyObject* tensor) {
+    static PyObject* const name = PyUnicode_InternFromString("data_ptr");
+    return PyLong_AsSize_t(called(tensor, name).ptr());
+  }
+
+  // Shape, strides, dtype: `p.data = …` may have the same memory read in another way.
+  static py::object described(PyObject* tensor) {
+    static PyObject* const shape = PyUnicode_InternFromString("shape");
+    static PyObject* const stride = PyUnicode_InternFromString("stride");
+    static PyObject* const dtype = PyUnicode_InternFromString("dtype");
+    const auto sizes = py::reinterpret_steal<py::object>(PyObject_GetAttr(tensor, shape));
+    const auto kind = py::reinterpret_steal<py::object>(PyObject_GetAttr(tensor, dtype));
+    if (!sizes || !kind) throw py::error_already_set();
+    return py::make_tuple(sizes, called(tensor, stride), kind);
+  }
+
+  std::vector<One> weights_;
+};
 
 }  // namespace lpips_fast

@@ -46,5 +46,6 @@ STABLE_TORCH_LIBRARY(lpips_fast, m) {
   m.def("winograd_pack(Tensor weight) -> Tensor");
   m.def(
       "winograd_conv2d(Tensor x, Tensor packed, Tensor? bias, bool relu, Tensor? mask, "
-      "int out_channels, int kernel, int stride, int padding, Tensor? add=None) -> Tensor");
+      "int out_channels, int kernel, int stride, int padding, Tensor? add=None, "
+      "bool outliers=False) -> Tensor");
 }

@@ -14,7 +14,8 @@ PYBIND11_MODULE(_C, m) {
   m.def(
       "build_info", [] { return LPIPS_FAST_BUILD_INFO; },
       "Facts of the build as a JSON object of strings.");
-  pybind11::class_<lpips_fast::WeightWatch>(m, "WeightWatch")
+  pybind11::class_<lpips_fast::WeightWatch, std::shared_ptr<lpips_fast::WeightWatch>>(m,
+                                                                                      "WeightWatch")
       .def(pybind11::init<std::uintptr_t, int64_t, const std::vector<int64_t>&,
                           const std::vector<int64_t>&>())
       .def_property_readonly("rounds", &lpips_fast::WeightWatch::rounds)
@@ -33,5 +34,8 @@ PYBIND11_MODULE(_C, m) {
   py::class_<lpips_fast::AttributeCheck>(m, "AttributeCheck")
       .def(py::init<std::vector<std::pair<py::object, py::str>>>())
       .def("unchanged", &lpips_fast::AttributeCheck::unchanged);
+  py::class_<lpips_fast::WeightsCheck>(m, "WeightsCheck")
+      .def(py::init<const py::list&, std::vector<std::shared_ptr<lpips_fast::WeightWatch>>>())
+      .def("unchanged", &lpips_fast::WeightsCheck::unchanged);
   m.def("lie_plainly", &lpips_fast::lie_plainly);
 }

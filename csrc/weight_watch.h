@@ -10,6 +10,7 @@
 #include <atomic>
 #include <cstdint>
 #include <cstring>
+#include <stdexcept>
 #include <vector>
 
 namespace lpips_fast {
@@ -23,6 +24,8 @@ class WeightWatch {
   WeightWatch(std::uintptr_t address, int64_t element_size, const std::vector<int64_t>& shape,
               const std::vector<int64_t>& strides)
       : element_size_(element_size) {
+    if (element_size < 1 || element_size > 8 || shape.size() != 4 || strides.size() != 4)
+      throw std::invalid_argument("a weight to watch has four dimensions of up to 8 bytes each");
     int64_t elements = 1;
     for (int64_t size : shape) elements *= size;
     bytes_ = elements * element_size;

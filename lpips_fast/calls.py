@@ -12,23 +12,28 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 import torch
+import torch.nn.modules.module as torch_module
 from torch import Tensor, nn
 
 from . import kernels
 from .features import Features
-from .linear import NetLinLayer, dropout_rate, drops
-from .scaling import ScalingLayer, scaled_batch
-from .trunk import Trunk, compiled, tap_channels
+from .linear import NetLinLayer, drops
+from .scaling import ScalingLayer, scaled_batch, scaled_pair
+from .trunk import TRUNKS, Trunk, compiled, tap_channels
 from .trunk.detached import call_detached
 from .trunk.legality import (
+    GLOBAL_HOOKS,
+    METHODS,
     FastSlice,
     Fault,
     Template,
     call_fault,
+    calls_fault,
     device_fault,
     module_fault,
     own_fault,
 )
+from .trunk.table import IMAGE_CHANNELS
 
 if TYPE_CHECKING:
     from .lpips import LPIPS
@@ -43,6 +48,7 @@ class Call:
         by_hand: of each slice, what runs it, or why it is called as a module; ``None``: nothing
             may, whatever the modules are.
         scales: whether the scaling layer is as built, so that one kernel stands for it.
+        linear: whether the linear layers are weights a channel, which the kernels take.
         weights: by layer, what stands for its linear weights in this call.
     """
 
@@ -50,6 +56,7 @@ class Call:
     unit_range: bool
     by_hand: list[FastSlice | Fault] | None
     scales: bool
+    linear: bool
     weights: Mapping[int, Tensor] = field(default_factory=dict)
 
     @property
@@ -72,6 +79,17 @@ class Call:
             together = 2 * together - 1
         scaled = together if model.version == "0.0" else run(model, model.scaling_layer, together)
         return scaled if model.dtype is None else scaled.to(model.dtype)
+
+    def scaled_pair(self, images: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
+        """Images that want a gradient, scaled; and without one, behind them, their target's.
+
+        Where the scaling layer is as built.
+        """
+        model = self.model
+        dtype = model.dtype or model.scaling_layer.shift.dtype
+        return scaled_pair(
+            model.scaling_layer, images, target, self.unit_range, dtype, model.version
+        )
 
     def taps(self, images: Sequence[Tensor]) -> Iterator[Tensor]:
         """The compared taps of batches of images one behind the other, layer by layer."""
@@ -108,53 +126,83 @@ def prepare_call(model: LPIPS, images: Sequence[Tensor], unit_range: bool) -> Ca
     if kernels.is_compiling():
         return _compiled_call(model, unit_range, like.device, dtype)
     by_hand = None
-    if call_fault(images, like.device, dtype) is None and trunk_fault(model.net) is None:
+    fault = call_fault(images, like.device, dtype)
+    if fault is None and trunk_fault(model.net) is None:
         by_hand = model.net.fast_slices(like.device, dtype, model.frozen)
     scales = by_hand is not None and scaling_fault(model.scaling_layer) is None
-    return Call(model, unit_range, by_hand, scales)
+    # Under transforms nothing is asked of the layers: they are called.
+    linear = kernels.has_operators() and (
+        _lins_fault(model) is None if fault is None else lins_fault(model) is None
+    )
+    return Call(model, unit_range, by_hand, scales, linear)
 
 
 def _compiled_call(
     model: LPIPS, unit_range: bool, device: torch.device, dtype: torch.dtype
 ) -> Call:
     """Under torch.compile all runs by hand, or nothing: the rest its own compiler fuses."""
+    by_hand = None
+    if device_fault(device, dtype) is None:
+        by_hand = _compiled_slices(model, device, dtype)
+    return Call(model, unit_range, by_hand, by_hand is not None, lins_are_linear(model))
+
+
+def _compiled_slices(
+    model: LPIPS, device: torch.device, dtype: torch.dtype
+) -> list[FastSlice | Fault] | None:
+    """The slices that run, if all is as built, in terms that torch.compile turns into guards."""
     net, scaling = model.net, model.scaling_layer
     if (
-        device_fault(device, dtype) is not None
-        or type(net) is not Trunk
+        type(net) is not Trunk
         or compiled.is_watched(net)
         or type(scaling) is not ScalingLayer
         or compiled.is_watched(scaling)
     ):
-        return Call(model, unit_range, None, False)
+        return None
     expected = dtype if kernels.autocast_dtype(device) is None else like_of(model).dtype
     by_hand = [
         compiled.fast_slice(block, model.net_name, number, device, expected, model.frozen)
         for number, block in enumerate(net.slices()[: model.layers[-1] + 1], start=1)
     ]
-    if not all(isinstance(found, FastSlice) for found in by_hand):
-        return Call(model, unit_range, None, False)
-    return Call(model, unit_range, by_hand, True)
+    return by_hand if all(isinstance(found, FastSlice) for found in by_hand) else None
+
+
+def is_unwatched(model: LPIPS) -> bool:
+    """Whether nobody but a call sees its features and their gradients, whoever computes them.
+
+    All is as built, frozen and without hooks, from the scaling layer to the linear layers.
+    """
+    like = like_of(model)
+    dtype = model.dtype or like.dtype
+    if not lins_are_linear(model):
+        return False
+    if kernels.is_compiling():
+        return _compiled_slices(model, like.device, dtype) is not None
+    if trunk_fault(model.net) is not None or scaling_fault(model.scaling_layer) is not None:
+        return False
+    if any(getattr(torch_module, name) for name in GLOBAL_HOOKS):
+        return False
+    slices = model.net.fast_slices(like.device, dtype)[: model.layers[-1] + 1]
+    return all(isinstance(found, FastSlice) for found in slices)
 
 
 def fast_path(model: LPIPS) -> dict[str, str]:
     """Of every part of a model ``"yes"``, or the first reason why it is called as a module."""
     like = like_of(model)
     dtype = model.dtype or like.dtype
-    faults: dict[str, object] = {"scaling_layer": scaling_fault(model.scaling_layer)}
     whole = call_fault([], like.device, dtype) or trunk_fault(model.net)
+    faults: dict[str, object] = {"scaling_layer": whole or scaling_fault(model.scaling_layer)}
     slices = model.net.fast_slices(like.device, dtype, model.frozen) if whole is None else []
     for k in range(len(tap_channels(model.net_name))):
         found = slices[k] if slices else whole
         faults[f"slice{k + 1}"] = None if isinstance(found, FastSlice) else found
-    lins = (lin_fault(model, k) for k in model.layers) if model.lpips else iter(())
-    faults["lins"] = next((fault for fault in lins if fault is not None), None)
+    faults["lins"] = lins_fault(model)
     return {part: "yes" if fault is None else str(fault) for part, fault in faults.items()}
 
 
 def like_of(model: LPIPS) -> Tensor:
     """A tensor on the model's device, of the dtype that images are scaled in."""
-    shift = getattr(model.scaling_layer, "shift", None)
+    shift = model.scaling_layer._buffers.get("shift")
     return shift if isinstance(shift, Tensor) else next(model.parameters())
 
 
@@ -171,12 +219,24 @@ def size_of(image: Tensor) -> tuple[int, int]:
 # --------------------------------------------------------------------------- is it as built?
 
 
+_CLASSES = {
+    kind: kernels.AttributeCheck([(kind, name) for name in METHODS if hasattr(kind, name)])
+    for kind in (Trunk, ScalingLayer, NetLinLayer)
+}
+
+
+def _class_fault(kind: type[nn.Module]) -> Fault | None:
+    if _CLASSES[kind].unchanged():
+        return None
+    return Fault("", f"is a {kind.__name__}, of which a method was replaced")
+
+
 _TRUNK_ATTRIBUTES = frozenset(nn.Module().__dict__) | {"net_name", "N_slices", "_outputs"}
 
 
 def trunk_fault(net: nn.Module) -> Fault | None:
     """Why the trunk is called whole: replaced, or somebody waits for it to be called."""
-    return own_fault(net, Trunk, _TRUNK_ATTRIBUTES)
+    return own_fault(net, Trunk, _TRUNK_ATTRIBUTES) or _class_fault(Trunk)
 
 
 @functools.cache
@@ -186,7 +246,19 @@ def _scaling_template() -> Template:
 
 def scaling_fault(layer: nn.Module) -> Fault | None:
     """Why the scaling layer is called as a module."""
-    return module_fault(layer, _scaling_template(), [])
+    fault = module_fault(layer, _scaling_template(), []) or _class_fault(ScalingLayer)
+    if fault is not None:
+        return fault
+    for name, buffer in layer._buffers.items():
+        if type(buffer) is not Tensor or buffer.shape != (1, IMAGE_CHANNELS, 1, 1):
+            return Fault("", f"has a {name} that is not one number a channel, as built")
+        if buffer.requires_grad:
+            return Fault("", f"has a {name} that learns")
+    return None
+
+
+# What the trunks have; ``model.chns`` is the user's to change, and nothing reads it in lpips.
+CHANNELS = {net: tap_channels(net) for net in TRUNKS}
 
 
 @functools.cache
@@ -200,12 +272,22 @@ def _lin_template(channels: int, dropout: float | None) -> Template:
 
 def lin_fault(model: LPIPS, layer: int) -> Fault | None:
     """Why a linear layer is called as a module, instead of the kernels taking its weights."""
-    lin = model.lins[layer]
-    dropout = dropout_rate(lin) if type(lin) is NetLinLayer else None
-    fault = module_fault(lin, _lin_template(model.chns[layer], dropout), [])
-    if fault is None and drops(lin):  # type: ignore[arg-type]
+    lins = model.lins
+    # Not by index, which costs more than the comparison.
+    lin = lins._modules.get(str(layer)) if type(lins) is nn.ModuleList else lins[layer]
+    dropout = _dropout(lin) if type(lin) is NetLinLayer else None
+    rate = None if dropout is None else dropout.p
+    template = _lin_template(CHANNELS[model.net_name][layer], rate)
+    fault = module_fault(lin, template, []) or _class_fault(NetLinLayer)  # type: ignore[arg-type]
+    if fault is None and dropout is not None and dropout.training and rate:
         return Fault("", "drops channels in training mode")
     return fault
+
+
+def _dropout(lin: nn.Module) -> nn.Dropout | None:
+    inner = lin._modules.get("model")
+    first = None if inner is None else next(iter(inner._modules.values()), None)
+    return first if isinstance(first, nn.Dropout) else None
 
 
 def _is_linear(lin: nn.Module) -> bool:
@@ -215,8 +297,20 @@ def _is_linear(lin: nn.Module) -> bool:
     return not any(compiled.is_watched(module) for module in (lin, lin.model, lin.model[-1]))
 
 
+def lins_fault(model: LPIPS) -> Fault | str | None:
+    """Why the linear layers are called as modules; the baseline has none."""
+    return _lins_fault(model) or (calls_fault() if model.lpips else None)
+
+
+def _lins_fault(model: LPIPS) -> Fault | None:
+    if not model.lpips:
+        return None
+    faults = (lin_fault(model, k) for k in model.layers)
+    return next((fault for fault in faults if fault is not None), None)
+
+
 def lins_are_linear(model: LPIPS) -> bool:
     """Whether the linear layers are nothing but weights a channel: as built, without dropout."""
     if kernels.is_compiling():
         return not model.lpips or all(_is_linear(model.lins[k]) for k in model.layers)
-    return not model.lpips or all(lin_fault(model, k) is None for k in model.layers)
+    return lins_fault(model) is None

@@ -129,7 +129,8 @@ def distance(
     per_layer = _layer_weights(feats0, weights)
     if not _is_fused(normalization, feats0):
         return composed.distance(feats0, feats1, per_layer, eps, normalization)
-    return torch.ops.lpips_fast.distance(list(feats0), list(feats1), per_layer, eps)
+    with kernels.below_autograd(*feats0, *feats1, *per_layer):
+        return torch.ops.lpips_fast.distance(list(feats0), list(feats1), per_layer, eps)
 
 
 def distance_map(
@@ -158,4 +159,5 @@ def distance_map(
             composed.distance_map(a, b, w, eps, normalization)
             for a, b, w in zip(feats0, feats1, per_layer)
         ]
-    return torch.ops.lpips_fast.distance_map(list(feats0), list(feats1), per_layer, eps)
+    with kernels.below_autograd(*feats0, *feats1, *per_layer):
+        return torch.ops.lpips_fast.distance_map(list(feats0), list(feats1), per_layer, eps)

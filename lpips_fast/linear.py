@@ -42,15 +42,10 @@ def project_linear_weights(model: nn.Module) -> None:
         linear_weight(lin).clamp_(min=0)
 
 
-def dropout_rate(lin: NetLinLayer) -> float | None:
-    """The rate of the dropout in front, or ``None`` where there is none."""
-    dropout = lin.model[0]
-    return dropout.p if isinstance(dropout, nn.Dropout) else None
-
-
 def drops(lin: NetLinLayer) -> bool:
     """Whether a call would drop channels at random, which no fused kernel does."""
-    return bool(dropout_rate(lin)) and lin.model[0].training
+    dropout = lin.model[0]
+    return isinstance(dropout, nn.Dropout) and dropout.training and dropout.p > 0
 
 
 def load_linear_weights(

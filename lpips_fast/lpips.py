@@ -22,14 +22,15 @@ from .compat import (
 )
 from .features import Features
 from .frozen import freeze, hide_weights
-from .inputs import RangeNotice, as_rgb_batch, check_features, warn_of_values
+from .inputs import as_rgb_batch, check_features, warn_of_values
 from .linear import NetLinLayer, linear_weight, load_linear_weights, rename_linear_weights
 from .normalization import Normalization, check_normalization, normalize_tensor
-from .notices import NegativeWeightsNotice
+from .notices import NegativeWeightsNotice, RangeNotice
 from .routes import layer_distances
 from .scaling import ScalingLayer
 from .spatial import spatial_average, upsample
 from .trunk import Trunk, check_layers, minimum_size, tap_channels
+from .trunk.packing import forget
 from .weights import load_trunk_and_linear_weights
 
 if TYPE_CHECKING:
@@ -246,7 +247,7 @@ class LPIPS(nn.Module):
         For code that writes a few single weights behind torch's back; a write to a whole filter or
         channel, by whatever way, is seen without.
         """
-        self.net.repack()
+        forget(self.parameters())
 
     # ------------------------------------------------------------------------------- features
 
@@ -273,7 +274,7 @@ class LPIPS(nn.Module):
             features,
             net=self.net_name,
             layers=self.layers,
-            channels=self.chns,
+            channels=tap_channels(self.net_name),
             device=like_of(self).device,
             look=bool(self.check_inputs),
         )

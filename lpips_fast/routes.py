@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from . import composed, functional, gradient_scaling, kernels
-from .calls import Call, lins_are_linear, prepare_call, run, size_of
+from .calls import CHANNELS, Call, is_unwatched, like_of, prepare_call, run, size_of
 from .composed import accumulator_dtype
 from .features import Features
 from .inputs import check_same_size, common_batch
@@ -33,6 +33,9 @@ if TYPE_CHECKING:
 # Elements of an image batch from which taps are compared one by one, each in a call of its own;
 # below, memory is no concern and one call for all layers is faster.
 _STREAMED_FROM = 3 * 128 * 128
+# Elements of the images of a training step, below which they and the target are one batch: what the
+# trunk makes of the target is then kept for backward too. Not measured on a GPU.
+_ONE_BATCH_ON_CUDA = 16 * 3 * 256 * 256
 
 
 def layer_distances(
@@ -73,18 +76,17 @@ def layer_distances(
 def _scales_gradients(call: Call, *arguments: Tensor | Features) -> bool:
     """Whether gradients are scaled inside (:mod:`lpips_fast.gradient_scaling`).
 
-    A trunk in float16, as built, whose features nobody else has a graph of.
+    Of a trunk in float16, and only where nobody else has a graph of its features.
     """
-    if not torch.is_grad_enabled() or not call.is_as_built or not lins_are_linear(call.model):
+    model = call.model
+    if not torch.is_grad_enabled():
         return False
-    by_hand = call.by_hand[0]  # type: ignore[index]
-    assert isinstance(by_hand, FastSlice)
-    weight = by_hand.parameters[0]
-    if (kernels.autocast_dtype(weight.device) or weight.dtype) != torch.float16:
+    if not any(x.requires_grad for x in arguments if isinstance(x, Tensor)):
         return False
-    if any(isinstance(x, Features) and _needs_graph(call, x) for x in arguments):
+    device, dtype = like_of(model).device, model.dtype or like_of(model).dtype
+    if (kernels.autocast_dtype(device) or dtype) != torch.float16 or not is_unwatched(model):
         return False
-    return any(x.requires_grad for x in arguments if isinstance(x, Tensor))
+    return not any(isinstance(x, Features) and _needs_graph(call, x) for x in arguments)
 
 
 def _with_scaled_gradients(
@@ -167,22 +169,23 @@ def _streamed_taps(call: Call, in0: Tensor, in1: Tensor) -> Iterator[tuple[Tenso
 def _to_target(call: Call, image: Tensor | Features, target: Tensor | Features) -> list[Tensor]:
     """An image that wants a gradient, to a target that wants none: one node a slice."""
     model = call.model
-    fused = model.normalization == "l2" and not model.checkpoint and lins_are_linear(model)
+    fused = model.normalization == "l2" and not model.checkpoint and call.linear
     if not isinstance(image, Tensor) or not call.is_as_built or not fused:
         return _encoded(call, image, _without_graph(call, target))
     assert call.by_hand is not None
-    x = call.scaled([image])
     slices = call.by_hand[: model.layers[-1] + 1]
-    is_small = (
-        x.numel() < _STREAMED_FROM
+    if (
+        isinstance(target, Tensor)
+        and len(target) == len(image)
+        and image.numel() < _one_batch_below(image.device)
         and len(slices) == len(model.layers)
         and not kernels.is_compiling()  # which takes no list that changes
-    )
-    if is_small and isinstance(target, Tensor) and len(target) == len(x):
-        with torch.no_grad():
-            together = [torch.cat((x, call.scaled([target])))]
+    ):
+        x, both = call.scaled_pair(image, target)
+        together = [as_images(both)]
         return _slice_by_slice(call, x, size_of(image), [together] * len(slices))
 
+    x = call.scaled([image])
     target = _without_graph(call, target)
     check_same_size(size_of(image), target.image_size)
     if len(target) != len(x) or kernels.autocast_dtype(x.device):
@@ -191,6 +194,10 @@ def _to_target(call: Call, image: Tensor | Features, target: Tensor | Features) 
         return _encoded(call, image, target)
     taps = dict(zip(model.layers, target.taps))
     return _slice_by_slice(call, x, size_of(image), [taps.get(k) for k in range(len(slices))])
+
+
+def _one_batch_below(device: torch.device) -> int:
+    return _ONE_BATCH_ON_CUDA if device.type == "cuda" else _STREAMED_FROM
 
 
 def _without_graph(call: Call, target: Tensor | Features) -> Features:
@@ -208,7 +215,8 @@ def _slice_by_slice(
     model = call.model
     assert call.by_hand is not None
     layers = []
-    weights = iter(channel_weights(call, x))
+    channels = [CHANNELS[model.net_name][k] for k in model.layers]
+    weights = iter(channel_weights(call, x, model.layers, channels))
     keys = receptive_fields(call.by_hand[: len(targets)], as_images(x))
     for by_hand, target, of_slice in zip(call.by_hand, targets, keys):
         assert isinstance(by_hand, FastSlice)
@@ -241,7 +249,7 @@ def compare(
     layers = model.layers[first : first + len(taps0)]
     eps = composed.EPS
     # Outside our operators shapes may be symbols and tensors wrapped: nothing is asked of them.
-    if model.lpips and not (kernels.has_operators() and lins_are_linear(model)):
+    if model.lpips and not call.linear:
         maps = []
         for k, tap0, tap1 in zip(layers, taps0, taps1):
             normal0, normal1 = (
@@ -249,7 +257,7 @@ def compare(
             )
             maps.append(run(model, model.lins[k], (normal0 - normal1) ** 2))
         return [upsample(m, size) if model.spatial else spatial_average(m) for m in maps]
-    weights = channel_weights(call, taps0[0], layers)
+    weights = channel_weights(call, taps0[0], layers, [tap.shape[1] for tap in taps0])
     if not kernels.has_operators():
         maps = [
             composed.distance_map(a, b, w, eps, model.normalization)
@@ -266,13 +274,18 @@ def compare(
     return [d.view(-1, 1, 1, 1) for d in distances.unbind(dim=1)]
 
 
-def channel_weights(call: Call, like: Tensor, layers: Sequence[int] | None = None) -> list[Tensor]:
-    """(C_l,) of the compared layers, as the operators take them beside features ``like``."""
+def channel_weights(
+    call: Call, like: Tensor, layers: Sequence[int], channels: Sequence[int]
+) -> list[Tensor]:
+    """(C_l,) of some layers, as the operators take them beside features ``like``.
+
+    Args:
+        channels: of the taps, which a slice that somebody replaced may have changed.
+    """
     model = call.model
     dtype = accumulator_dtype(like.dtype)
-    layers = model.layers if layers is None else layers
     if not model.lpips:
-        return [like.new_ones(model.chns[k], dtype=dtype) for k in layers]
+        return [like.new_ones(count, dtype=dtype) for count in channels]
     weights = [call.weights.get(k, model.layer_weight(k)) for k in layers]
     return [weight.view(-1).to(dtype) for weight in weights]
 

@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
+
+from . import kernels
 
 
 class ScalingLayer(nn.Module):
@@ -42,7 +45,57 @@ def scaled_batch(
     Returns:
         (sum of N_k, 3, H, W).
     """
-    shift, scale = layer.shift, layer.scale
+    shift, scale = _shift_and_scale(layer, version)
+    with kernels.below_autograd(*images):
+        return torch.ops.lpips_fast.scale_images(list(images), shift, scale, unit_range, dtype)
+
+
+def scaled_pair(
+    layer: ScalingLayer,
+    images: Tensor,
+    target: Tensor,
+    unit_range: bool,
+    dtype: torch.dtype,
+    version: str = "0.1",
+) -> tuple[Tensor, Tensor]:
+    """:func:`scaled_batch` of images that want a gradient and of a target that wants none.
+
+    Returns:
+        The scaled images, with a graph, and without one both behind each other, in the same memory.
+    """
+    shift, scale = _shift_and_scale(layer, version)
+    return _ScaledPair.apply(images, target.detach(), shift, scale, unit_range, dtype)
+
+
+def _shift_and_scale(layer: ScalingLayer, version: str) -> tuple[Tensor, Tensor]:
     if version == "0.0":
-        shift, scale = torch.zeros_like(shift), torch.ones_like(scale)
-    return torch.ops.lpips_fast.scale_images(list(images), shift, scale, unit_range, dtype)
+        return torch.zeros_like(layer.shift), torch.ones_like(layer.scale)
+    return layer.shift, layer.scale
+
+
+class _ScaledPair(torch.autograd.Function):
+    """One pass over both; the graph of a slice of the batch would fill as much with zeros."""
+
+    @staticmethod
+    def forward(  # type: ignore[override]
+        ctx: Any,
+        images: Tensor,
+        target: Tensor,
+        shift: Tensor,
+        scale: Tensor,
+        unit_range: bool,
+        dtype: torch.dtype,
+    ) -> tuple[Tensor, Tensor]:
+        both = torch.ops.lpips_fast.scale_images([images, target], shift, scale, unit_range, dtype)
+        ctx.mark_non_differentiable(both)
+        ctx.set_materialize_grads(False)
+        ctx.save_for_backward(scale / 2 if unit_range else scale)
+        ctx.dtype = images.dtype
+        return both[: len(images)], both
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor | None, _: Any) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+        if grad is None:
+            return (None,) * 6
+        (scale,) = ctx.saved_tensors
+        return (grad.to(ctx.dtype) / scale.to(ctx.dtype), *(None,) * 5)

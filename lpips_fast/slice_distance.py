@@ -53,9 +53,10 @@ def slice_distance(
 
 def _distance(tap: Tensor, target: Tensor, weight: Tensor, spatial: bool) -> Tensor:
     operators = torch.ops.lpips_fast
-    if spatial:
-        return operators.distance_map([tap], [target], [weight], EPS)[0]
-    return operators.distance([tap], [target], [weight], EPS)
+    with kernels.below_autograd(tap, target, weight):
+        if spatial:
+            return operators.distance_map([tap], [target], [weight], EPS)[0]
+        return operators.distance([tap], [target], [weight], EPS)
 
 
 class _SliceDistance(torch.autograd.Function):
@@ -95,9 +96,10 @@ class _SliceDistance(torch.autograd.Function):
             both = _plain_gradients(ctx, x, weight, target, parameters, grad_tap, grad_distance)
             return (*both, *none)
         if grad_distance is not None:
-            grads = torch.ops.lpips_fast.tap_backward(
-                grad_distance, grad_tap, made[-1], target, weight, EPS, needs_weight
-            )
+            with kernels.below_autograd():
+                grads = torch.ops.lpips_fast.tap_backward(
+                    grad_distance, grad_tap, made[-1], target, weight, EPS, needs_weight
+                )
         elif grad_tap is not None:
             grads = [torch.ops.aten.threshold_backward(grad_tap, made[-1], 0)]
         else:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable
 from typing import Any, Protocol
 
@@ -15,7 +16,7 @@ OPS = torch.ops.lpips_fast
 FLOATS = [torch.float32, torch.float64, torch.float16, torch.bfloat16]
 ORDERS = [torch.channels_last, torch.contiguous_format]
 
-# The arguments, and what becomes of them.
+# The arguments, and what becomes of them; None where nothing is promised.
 Call = tuple[list[Any], Callable[..., Any]]
 
 
@@ -164,20 +165,54 @@ def of_max_pool2d_backward(draw: Draw) -> Call:
     x = pooled_images(draw, kernel)
     y = F.max_pool2d(x, kernel, stride, ceil_mode=draw.one_of([False, True]))
 
-    def formula(grad, x, y, kernel, stride):
-        # The first of the window that has the pooled value, whatever that is, takes the gradient.
+    def formula(grad, x, y, kernel, stride, keys=None):
+        # The first of the window that has the pooled value, whatever that is, takes the gradient;
+        # or, with keys, the first of the window that has this position's key.
         result = torch.zeros(x.shape, dtype=torch.float64)
+        if keys is None:
+            keys = (
+                torch.arange(x.shape[2] * x.shape[3]).reshape(x.shape[2:]).expand(len(x), 1, -1, -1)
+            )
+        keys = keys.repeat_interleave(x.shape[1] // keys.shape[1], dim=1)
         for row in range(y.shape[2]):
             for column in range(y.shape[3]):
                 left = grad[:, :, row, column].double()
-                for h in range(row * stride, min(row * stride + kernel, x.shape[2])):
-                    for w in range(column * stride, min(column * stride + kernel, x.shape[3])):
-                        mask = (x[:, :, h, w] == y[:, :, row, column]) | x[:, :, h, w].isnan()
-                        result[:, :, h, w] += torch.where(mask, left, 0)
-                        left = torch.where(mask, 0, left)
+                rows = range(row * stride, min(row * stride + kernel, x.shape[2]))
+                columns = range(column * stride, min(column * stride + kernel, x.shape[3]))
+                window = list(itertools.product(rows, columns))
+                for h, w in window:
+                    mask = (x[:, :, h, w] == y[:, :, row, column]) | x[:, :, h, w].isnan()
+                    given = torch.where(mask, left, 0)
+                    left = torch.where(mask, 0, left)
+                    for r, c in window:
+                        alike = keys[:, :, r, c] == keys[:, :, h, w]
+                        result[:, :, r, c] += torch.where(alike, given, 0)
+                        given = torch.where(alike, 0, given)
         return result
 
-    return [draw.images(*y.shape, dtype=y.dtype), x, y, kernel, stride], formula
+    keys = None
+    if draw.integer(0, 1):
+        groups = 2 if x.shape[1] % 2 == 0 else 1
+        keys = torch.randint(0, 3, (len(x), groups, *x.shape[2:]), generator=draw.generator)
+    return [draw.images(*y.shape, dtype=y.dtype), x, y, kernel, stride, keys], formula
+
+
+def of_receptive_fields(draw: Draw) -> Call:
+    kinds = [
+        [0, draw.integer(1, 3), draw.integer(1, 2), draw.integer(0, 1)],  # a convolution
+        [1, draw.integer(1, 3), draw.integer(1, 2), draw.integer(0, 1)],  # a pooling
+        [2, 3, 1, 1],  # a fire module
+    ]
+    drawn = [draw.one_of(kinds) for _ in range(draw.integer(0, 3))] + [kinds[1]]
+    x = draw.images(
+        draw.integer(0, 2), draw.integer(1, 5), draw.integer(12, 15), draw.integer(12, 15)
+    )
+
+    def formula(x, layers):
+        # What keys mean is tested with the poolings' gradients; here, that any order is read alike.
+        return OPS.receptive_fields(x.detach().contiguous().clone(), layers)
+
+    return [x, [number for layer in drawn for number in layer]], formula
 
 
 def of_depth_to_space(draw: Draw) -> Call:
@@ -264,16 +299,22 @@ def of_winograd_conv2d(draw: Draw) -> Call:
     bias = draw.numbers(out_channels) if draw.integer(0, 1) else None
     mask, add = (draw.images(*shape, dtype=dtype) if draw.integer(0, 1) else None for _ in range(2))
 
-    def formula(x, packed, bias, relu, mask, out_channels, kernel, stride, padding, add):
+    def formula(x, packed, bias, relu, mask, out_channels, kernel, stride, padding, add, outliers):
+        if not outliers and not (x.abs() <= 1000).all():
+            return None  # a tile's results have the rounding, or the NaN, of all its numbers
         bias = None if bias is None else bias.double()
         y = F.conv2d(x.double(), with_channels(weight, out_channels), bias, stride, padding)
         y = y if add is None else y + add
         y = y.relu() if relu else y
-        return y if mask is None else y * (mask > 0)
+        return y if mask is None else torch.where(mask <= 0, 0, y)
 
     packed = OPS.winograd_pack(in_blocks(weight, stride))
     relu = draw.one_of([False, True])
-    return [x, packed, bias, relu, mask, out_channels, kernel, stride, padding, add], formula
+    geometry = [out_channels, kernel, stride, padding]
+    outliers = draw.one_of([False, True])
+    if outliers and x.numel() > 0:
+        x[:, 0, 0, 0] = draw.one_of([5000.0, torch.nan])
+    return [x, packed, bias, relu, mask, *geometry, add, outliers], formula
 
 
 def of_fire(draw: Draw) -> Call:

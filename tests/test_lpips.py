@@ -591,16 +591,3 @@ class TestCheckInputs:
         with pytest.warns(UserWarning) as record:
             checking(pair[0] * 3, pair[1])
         assert record[0].filename == __file__
-
-    def test_by_default_the_first_call_alone(self, model, pair):
-        with pytest.warns(UserWarning, match="values from -3 to 3"):
-            model(pair[0] * 3, pair[1])
-        with warnings.catch_warnings():
-            warnings.simplefilter("error")
-            model(pair[0] * 3, pair[1])
-
-    def test_off(self, model, pair):
-        model.check_inputs = False
-        with warnings.catch_warnings():
-            warnings.simplefilter("error")
-            model(pair[0] * 3, pair[1])

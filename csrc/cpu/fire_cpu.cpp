@@ -42,6 +42,7 @@ struct Convolution3x3 {
   int64_t border, batch, height, width, in_channels, out_channels;
   ConvolutionEpilogue<float> epilogue;
   Positions<float> results;
+  bool outliers = false;  // as WinogradConvolution has it
 };
 
 // By Winograd's algorithm or directly.
@@ -59,7 +60,8 @@ void convolve3x3(const Convolution3x3& c, const float* weights, bool winograd) {
                               .images = c.images,
                               .weights = weights,
                               .epilogue = c.epilogue,
-                              .results = c.results},
+                              .results = c.results,
+                              .outliers = c.outliers},
                              c.batch);
     return;
   }
@@ -140,7 +142,8 @@ std::tuple<Tensor, Tensor> fire(Tensor x, Tensor squeeze, Tensor squeeze_bias, T
                .in_channels = narrow,
                .out_channels = wide,
                .epilogue = {.bias = pointer_to(expand3x3_bias), .relu = true},
-               .results = part(results, 0, wide)},
+               .results = part(results, 0, wide),
+               .outliers = true},
               weights3x3, winograd);
   return {squeezed, y};
 }

@@ -18,7 +18,8 @@ struct Window {
         left(column * s.stride),
         right(std::min(left + s.kernel, s.width)) {}
 
-  // The first of the window's positions with the key of (row, column): both as row * width + column.
+  // The first of the window's positions with the key of (row, column): both as row * width +
+  // column.
   int64_t first_alike(const int64_t* keys, int64_t width, int64_t row, int64_t column) const {
     const int64_t own = row * width + column;
     if (keys == nullptr) return own;
@@ -61,7 +62,8 @@ void max_pool_backward(const feature_t* grad_y, const feature_t* x, const featur
   for (int64_t p = 0; p < shape.height * shape.width; ++p)
     std::fill(grad_x + p * shape.channels + begin, grad_x + p * shape.channels + end, feature_t(0));
   const auto zero = L::fill(0);
-  std::vector<int64_t> receivers(shape.kernel * shape.kernel);  // of a window's positions
+  std::vector<int64_t> receivers(  // of a window's positions; a kernel may be larger than the image
+      std::min(shape.kernel, shape.height) * std::min(shape.kernel, shape.width));
   for (int64_t row = 0; row < shape.out_height; ++row) {
     for (int64_t column = 0; column < shape.out_width; ++column) {
       const Window window(shape, row, column);

@@ -5,6 +5,7 @@
 #include <array>
 #include <cstdint>
 #include <optional>
+#include <vector>
 #include <utility>
 
 #include "../convolution.h"
@@ -36,11 +37,13 @@ int64_t in_whole_panels(int64_t channels) {
 
 std::array<int64_t, 4> packed_shape(int64_t kernel, int64_t in_channels, int64_t out_channels) {
   const int64_t width = winograd_panel_width();
-  return {winograd_elements(kernel), in_whole_panels(out_channels) / width, in_channels, width};
+  return {winograd_elements(kernel) + kernel * kernel, in_whole_panels(out_channels) / width,
+          in_channels, width};
 }
 
-// (C_out, C_in, 3, 3) or (C_out, C_in, 5, 5) to (36 or 64, panels, C_in, width): as the products
-// read it, columns without a channel zero.
+// (C_out, C_in, 3, 3) or (C_out, C_in, 5, 5) to (36 + 9 or 64 + 25, panels, C_in, width): as the
+// products read it, and behind that the plain weights, which outliers meet. Columns without a
+// channel are zero.
 Tensor winograd_pack(Tensor weight) {
   check_weight_to_pack("winograd_pack", weight);
   LPIPS_FAST_CHECK(weight.size(2) == 3 || weight.size(2) == 5,
@@ -48,9 +51,9 @@ Tensor winograd_pack(Tensor weight) {
                    "5), got ",
                    shape_of(weight));
   const int64_t out_channels = weight.size(0), in_channels = weight.size(1);
-  const auto [elements, panels, depth, width] =
-      packed_shape(weight.size(2), in_channels, out_channels);
-  const Tensor packed = empty_floats({elements, panels, depth, width});
+  const int64_t kernel = weight.size(2), elements = winograd_elements(kernel);
+  const auto [planes, panels, depth, width] = packed_shape(kernel, in_channels, out_channels);
+  const Tensor packed = empty_floats({planes, panels, depth, width});
   if (packed.numel() == 0) return packed;
   const auto* from = static_cast<const float*>(weight.const_data_ptr());
   auto* to = static_cast<float*>(packed.mutable_data_ptr());
@@ -62,11 +65,15 @@ Tensor winograd_pack(Tensor weight) {
           const int64_t o = panel * width + j;
           float* target = to + (panel * in_channels + k) * width + j;
           if (o < out_channels) {
-            winograd_transform_weight(from + o * weight.stride(0) + k * weight.stride(1),
-                                      weight.size(2), weight.stride(2), weight.stride(3), target,
+            const float* plain = from + o * weight.stride(0) + k * weight.stride(1);
+            winograd_transform_weight(plain, kernel, weight.stride(2), weight.stride(3), target,
                                       element_stride);
+            target += elements * element_stride;
+            for (int64_t t = 0; t < kernel * kernel; ++t)
+              target[t * element_stride] =
+                  plain[t / kernel * weight.stride(2) + t % kernel * weight.stride(3)];
           } else {
-            for (int64_t e = 0; e < elements; ++e) target[e * element_stride] = 0;
+            for (int64_t e = 0; e < planes; ++e) target[e * element_stride] = 0;
           }
         }
       }
@@ -86,10 +93,13 @@ struct Block {
 template <typename scalar_t>
 struct Phases {
   const WinogradConvolution<scalar_t>& convolution;
-  int64_t columns;  // of a product: channels, in whole panels
+  int64_t columns;                // of a product: channels, in whole panels
+  std::vector<uint8_t> outliers;  // whether a row of an image holds any; empty: nobody asks
 
-  explicit Phases(const WinogradConvolution<scalar_t>& convolution)
-      : convolution(convolution), columns(in_whole_panels(convolution.image.out_channels)) {}
+  Phases(const WinogradConvolution<scalar_t>& convolution, int64_t batch)
+      : convolution(convolution), columns(in_whole_panels(convolution.image.out_channels)) {
+    if (convolution.outliers) find_outliers(batch);
+  }
 
   const WinogradImage& image() const { return convolution.image; }
   int64_t floats_per_tile() const { return image().elements() * (image().depth() + columns); }
@@ -101,12 +111,43 @@ struct Phases {
     return {begin, count, floats, floats + image().elements() * count * image().depth()};
   }
 
+  // Reads the images once, which lie in a cache or will.
+  void find_outliers(int64_t batch) {
+    const int64_t height = image().in_height, width = image().in_width;
+    const int64_t channels = image().in_channels, column = convolution.images.column;
+    outliers = zeros<uint8_t>(batch * height);
+    parallel_for(0, batch * height, std::max<int64_t>(1, kFloatsPerTask / (width * channels)),
+                 [&](int64_t first, int64_t last) {
+                   for (int64_t row = first; row < last; ++row) {
+                     const scalar_t* from = convolution.images.at(row / height, row % height, 0);
+                     const bool is_dense = column == channels;
+                     const int64_t runs = is_dense ? 1 : width;
+                     bool found = false;
+                     for (int64_t k = 0; k < runs; ++k)
+                       found |= winograd_has_outliers(from + k * column,
+                                                      is_dense ? width * channels : channels);
+                     outliers[row] = found;
+                   }
+                 });
+  }
+
+  bool has_outliers(int64_t n, int64_t tile) const {
+    if (outliers.empty()) return false;
+    const int64_t top = tile / image().tile_columns() * kTileOut * image().stride;
+    const int64_t rows = winograd_tile_in(image().kernel) * image().stride;
+    const int64_t first = std::max<int64_t>(0, top - image().padding);
+    const int64_t last = std::min(image().in_height, top - image().padding + rows);
+    const uint8_t* of_image = outliers.data() + n * image().in_height;
+    return std::any_of(of_image + first, of_image + std::max(first, last),
+                       [](uint8_t found) { return found != 0; });
+  }
+
   void transform_inputs(const Block& block, int64_t first, int64_t last) const {
     const int64_t tiles = image().tiles(), depth = image().depth();
     for (int64_t t = first; t < last; ++t) {
-      winograd_transform_input(convolution.images, (block.begin + t) / tiles, image(),
-                               (block.begin + t) % tiles, block.inputs + t * depth,
-                               block.count * depth);
+      const int64_t n = (block.begin + t) / tiles, tile = (block.begin + t) % tiles;
+      winograd_transform_input(convolution.images, n, image(), tile, has_outliers(n, tile),
+                               block.inputs + t * depth, block.count * depth);
     }
   }
 
@@ -123,10 +164,17 @@ struct Phases {
 
   void transform_outputs(const Block& block, int64_t first, int64_t last) const {
     const int64_t tiles = image().tiles();
+    const float* plain = convolution.weights + image().elements() * columns * image().depth();
     for (int64_t t = first; t < last; ++t) {
-      winograd_transform_output(block.products + t * columns, block.count * columns, image(),
-                                (block.begin + t) % tiles, convolution.epilogue,
-                                convolution.results, (block.begin + t) / tiles);
+      const int64_t n = (block.begin + t) / tiles, tile = (block.begin + t) % tiles;
+      std::vector<float> sums;
+      if (has_outliers(n, tile)) {
+        sums = zeros<float>(kTileOut * kTileOut * columns);
+        winograd_add_outliers(convolution.images, n, image(), tile, plain, columns, sums.data());
+      }
+      winograd_transform_output(block.products + t * columns, block.count * columns,
+                                sums.empty() ? nullptr : sums.data(), columns, image(), tile,
+                                convolution.epilogue, convolution.results, n);
     }
   }
 };
@@ -174,7 +222,7 @@ Positions<const scalar_t> positions_of_optional(std::optional<Tensor>& t) {
 
 Tensor winograd_conv2d(Tensor x, Tensor packed, std::optional<Tensor> bias, bool relu,
                        std::optional<Tensor> mask, int64_t out_channels, int64_t kernel,
-                       int64_t stride, int64_t padding, std::optional<Tensor> add) {
+                       int64_t stride, int64_t padding, std::optional<Tensor> add, bool outliers) {
   Operands(Backend::kCPU)
       .check("x", x)
       .check("packed", packed)
@@ -218,7 +266,8 @@ Tensor winograd_conv2d(Tensor x, Tensor packed, std::optional<Tensor> bias, bool
                                               .add = positions_of_optional<scalar_t>(add),
                                               .relu = relu,
                                               .mask = positions_of_optional<scalar_t>(mask)},
-                                 .results = positions_to<scalar_t>(y)},
+                                 .results = positions_to<scalar_t>(y),
+                                 .outliers = outliers},
                                 x.size(0));
   };
   switch (x.scalar_type()) {
@@ -245,10 +294,10 @@ const float* winograd_packed(const char* name, const Tensor& packed, int64_t ker
 
 template <typename scalar_t>
 void winograd_convolve(const WinogradConvolution<scalar_t>& convolution, int64_t batch) {
-  const Phases<scalar_t> phases(convolution);
   const WinogradImage& image = convolution.image;
   const int64_t tiles = batch * image.tiles();
   if (tiles == 0) return;
+  const Phases<scalar_t> phases(convolution, batch);
   constexpr int64_t step = kMinimumOwnTiles;
   const int64_t size =
       std::clamp(kOwnBlockFloats / phases.floats_per_tile(), step, kMaximumOwnTiles) / step * step;

@@ -13,6 +13,7 @@ struct WinogradConvolution {
   const float* weights;  // as the operator winograd_pack leaves them
   ConvolutionEpilogue<scalar_t> epilogue;
   Positions<scalar_t> results;
+  bool outliers;  // whether to look for any
 };
 
 // As winograd_pack leaves a weight: refuses any but what convolves these channels.

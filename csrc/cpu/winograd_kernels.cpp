@@ -2,6 +2,10 @@
 
 #include <algorithm>
 #include <array>
+#include <bit>
+#include <cmath>
+#include <limits>
+#include <type_traits>
 #include <utility>
 
 #include "float_vectors.h"
@@ -154,7 +158,7 @@ void multiply_rest(std::integer_sequence<int, counts...>, int64_t count, const f
    ...);
 }
 
-template <int64_t tile_in, typename scalar_t>
+template <int64_t tile_in, bool has_outliers, typename scalar_t>
 void transform_input(const Positions<const scalar_t>& images, int64_t n, const WinogradImage& shape,
                      int64_t tile, float* to, int64_t stride) {
   const int64_t top = tile / shape.tile_columns() * kTileOut;
@@ -170,6 +174,8 @@ void transform_input(const Positions<const scalar_t>& images, int64_t n, const W
         for (int64_t i = 0; i < tile_in; ++i) {
           const int64_t y = (top + i) * shape.stride - shape.padding + r;
           column[i] = load_block(images, n, shape, y, x, c, count);
+          if constexpr (has_outliers)  // NaN is not within
+            column[i] = Vec::blendv(Vec(0.f), column[i], column[i].abs() <= Vec(kOutlierBound));
         }
         const auto transformed = transform_in<tile_in>(column);
         for (int64_t i = 0; i < tile_in; ++i) half[i][j] = transformed[i];
@@ -185,7 +191,8 @@ void transform_input(const Positions<const scalar_t>& images, int64_t n, const W
 }
 
 template <int64_t tile_in, typename scalar_t>
-void transform_output(const float* m, int64_t stride, const WinogradImage& shape, int64_t tile,
+void transform_output(const float* m, int64_t stride, const float* outliers, int64_t all_columns,
+                      const WinogradImage& shape, int64_t tile,
                       const ConvolutionEpilogue<scalar_t>& epilogue,
                       const Positions<scalar_t>& results, int64_t n) {
   const int64_t top = tile / shape.tile_columns() * kTileOut;
@@ -203,7 +210,10 @@ void transform_output(const float* m, int64_t stride, const WinogradImage& shape
       for (int64_t i = 0; i < kTileOut; ++i) half[i][j] = transformed[i];
     }
     for (int64_t i = 0; i < rows; ++i) {
-      const auto row = transform_out<tile_in>(half[i]);
+      auto row = transform_out<tile_in>(half[i]);
+      if (outliers != nullptr)
+        for (int64_t j = 0; j < kTileOut; ++j)
+          row[j] = row[j] + Vec::loadu(outliers + (i * kTileOut + j) * all_columns + c);
       const RowEpilogue<scalar_t> of_row(epilogue, results, n, top + i, left, c, count);
       for (int64_t j = 0; j < columns; ++j) of_row.finish(row[j], j);
     }
@@ -254,9 +264,69 @@ void winograd_transform_weight(const float* weight, int64_t kernel, int64_t stri
 
 template <typename scalar_t>
 void winograd_transform_input(const Positions<const scalar_t>& images, int64_t n,
-                              const WinogradImage& shape, int64_t tile, float* to, int64_t stride) {
-  shape.kernel == 3 ? transform_input<6>(images, n, shape, tile, to, stride)
-                    : transform_input<8>(images, n, shape, tile, to, stride);
+                              const WinogradImage& shape, int64_t tile, bool has_outliers,
+                              float* to, int64_t stride) {
+  const auto transform = [&](auto size) {
+    has_outliers ? transform_input<size, true>(images, n, shape, tile, to, stride)
+                 : transform_input<size, false>(images, n, shape, tile, to, stride);
+  };
+  shape.kernel == 3 ? transform(std::integral_constant<int64_t, 6>())
+                    : transform(std::integral_constant<int64_t, 8>());
+}
+
+// By the bits without their sign, which are in the numbers' order, NaN last.
+template <typename scalar_t>
+bool winograd_has_outliers(const scalar_t* numbers, int64_t count) {
+  using bits_t = std::conditional_t<sizeof(scalar_t) == 4, int32_t, int16_t>;
+  const auto bits_of = [](scalar_t number) {
+    if constexpr (std::is_same_v<scalar_t, float>) {
+      return std::bit_cast<bits_t>(number);
+    } else {
+      return std::bit_cast<bits_t>(number.x);
+    }
+  };
+  bits_t largest = 0;
+  for (int64_t k = 0; k < count; ++k)
+    largest = std::max<bits_t>(
+        largest, bits_of(numbers[k]) & std::numeric_limits<bits_t>::max());
+  return largest > bits_of(static_cast<scalar_t>(kOutlierBound));
+}
+
+template <typename scalar_t>
+void winograd_add_outliers(const Positions<const scalar_t>& images, int64_t n,
+                           const WinogradImage& shape, int64_t tile, const float* weights,
+                           int64_t columns, float* sums) {
+  const int64_t tile_in = winograd_tile_in(shape.kernel), width = winograd_panel_width();
+  const int64_t top = tile / shape.tile_columns() * kTileOut;
+  const int64_t left = tile % shape.tile_columns() * kTileOut;
+  const auto add = [&](int64_t i, int64_t j, int64_t depth, float value) {
+    // At place (i, j) of the tile: results up to kernel - 1 rows and columns before it.
+    for (int64_t h = std::max<int64_t>(0, i - shape.kernel + 1); h <= std::min(i, kTileOut - 1);
+         ++h) {
+      for (int64_t w = std::max<int64_t>(0, j - shape.kernel + 1); w <= std::min(j, kTileOut - 1);
+           ++w) {
+        const int64_t tap = (i - h) * shape.kernel + j - w;
+        float* to = sums + (h * kTileOut + w) * columns;
+        const float* from = weights + (tap * columns * shape.depth()) + depth * width;
+        for (int64_t c = 0; c < columns; c += width, from += shape.depth() * width)
+          for (int64_t k = 0; k < width; ++k) to[c + k] += value * from[k];
+      }
+    }
+  };
+  for (int64_t i = 0; i < tile_in; ++i) {
+    for (int64_t j = 0; j < tile_in; ++j) {
+      for (int64_t r = 0; r < shape.stride * shape.stride; ++r) {
+        const int64_t y = (top + i) * shape.stride - shape.padding + r / shape.stride;
+        const int64_t x = (left + j) * shape.stride - shape.padding + r % shape.stride;
+        if (y < 0 || y >= shape.in_height || x < 0 || x >= shape.in_width) continue;
+        const scalar_t* channels = images.at(n, y, x);
+        for (int64_t c = 0; c < shape.in_channels; ++c) {
+          const float value = static_cast<float>(channels[c]);
+          if (!(std::abs(value) <= kOutlierBound)) add(i, j, r * shape.in_channels + c, value);
+        }
+      }
+    }
+  }
 }
 
 void winograd_multiply_panel(const float* rows, const float* panel, float* product, int64_t count,
@@ -271,18 +341,25 @@ void winograd_multiply_panel(const float* rows, const float* panel, float* produ
 }
 
 template <typename scalar_t>
-void winograd_transform_output(const float* m, int64_t stride, const WinogradImage& shape,
-                               int64_t tile, const ConvolutionEpilogue<scalar_t>& epilogue,
+void winograd_transform_output(const float* m, int64_t stride, const float* outliers,
+                               int64_t columns, const WinogradImage& shape, int64_t tile,
+                               const ConvolutionEpilogue<scalar_t>& epilogue,
                                const Positions<scalar_t>& results, int64_t n) {
-  shape.kernel == 3 ? transform_output<6>(m, stride, shape, tile, epilogue, results, n)
-                    : transform_output<8>(m, stride, shape, tile, epilogue, results, n);
+  shape.kernel == 3
+      ? transform_output<6>(m, stride, outliers, columns, shape, tile, epilogue, results, n)
+      : transform_output<8>(m, stride, outliers, columns, shape, tile, epilogue, results, n);
 }
 
-#define LPIPS_FAST_WINOGRAD_FOR(scalar_t)                                                       \
-  template void winograd_transform_input(const Positions<const scalar_t>&, int64_t,             \
-                                         const WinogradImage&, int64_t, float*, int64_t);       \
-  template void winograd_transform_output(const float*, int64_t, const WinogradImage&, int64_t, \
-                                          const ConvolutionEpilogue<scalar_t>&,                 \
+#define LPIPS_FAST_WINOGRAD_FOR(scalar_t)                                                          \
+  template void winograd_transform_input(const Positions<const scalar_t>&, int64_t,                \
+                                         const WinogradImage&, int64_t, bool, float*, int64_t);    \
+  template bool winograd_has_outliers(const scalar_t*, int64_t);                                   \
+  template void winograd_add_outliers(const Positions<const scalar_t>&, int64_t,                   \
+                                      const WinogradImage&, int64_t, const float*, int64_t,        \
+                                      float*);                                                     \
+  template void winograd_transform_output(const float*, int64_t, const float*, int64_t,            \
+                                          const WinogradImage&, int64_t,                           \
+                                          const ConvolutionEpilogue<scalar_t>&,                    \
                                           const Positions<scalar_t>&, int64_t)
 LPIPS_FAST_WINOGRAD_FOR(float);
 LPIPS_FAST_WINOGRAD_FOR(c10::BFloat16);

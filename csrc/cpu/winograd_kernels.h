@@ -23,6 +23,11 @@
 // (C_in + C_out) floats a tile in a cache; the transformed weights, 36 for each 9 or 64 for each
 // 25, are read once a block. winograd_cpu.cpp divides the work.
 //
+// Outliers: in the transforms, a number that is much larger than its neighbours leaves its rounding,
+// and a NaN itself, in all results of its tile, where a direct sum has it only where the kernel
+// meets it. So numbers beyond a bound are taken for zero, and what the kernel makes of them is added
+// directly: always the same sum, whose second part is empty for what images and layers hold.
+//
 // Every element of a product is added up along C_in in one order. So the result at a position
 // depends on that position's neighbourhood and its place in its tile alone, to the bit: not on the
 // batch, the block or the number of threads.
@@ -74,20 +79,38 @@ void winograd_transform_weight(const float* weight, int64_t kernel, int64_t stri
                                int64_t stride_w, float* to, int64_t stride);
 
 // B^T d B of one tile of image n, for all channels of its blocks: to[e * stride + c]. Outside the
-// image is zero.
+// image is zero, and so are outliers, where the tile has any.
 template <typename scalar_t>
 void winograd_transform_input(const Positions<const scalar_t>& images, int64_t n,
-                              const WinogradImage& shape, int64_t tile, float* to, int64_t stride);
+                              const WinogradImage& shape, int64_t tile, bool has_outliers,
+                              float* to, int64_t stride);
+
+// Beyond are outliers. Images have 2.7 at most, the trunks' layers 30 to 810 (AlexNet 100, VGG16
+// 180, SqueezeNet 810 in its last).
+constexpr float kOutlierBound = 1024;
+
+// Whether `count` numbers hold an outlier or a NaN.
+template <typename scalar_t>
+bool winograd_has_outliers(const scalar_t* numbers, int64_t count);
+
+// What the kernel makes of a tile's outliers: adds to sums[(4 i + j) * columns + c], in place i, j
+// of the tile. `weights` are the plain ones, (kernel^2, panels, depth, panel width).
+template <typename scalar_t>
+void winograd_add_outliers(const Positions<const scalar_t>& images, int64_t n,
+                           const WinogradImage& shape, int64_t tile, const float* weights,
+                           int64_t columns, float* sums);
 
 // product[r * product_stride + j] = sum_k rows[r * depth + k] * panel[k * width + j], j < width.
 // `kernel`, 3 or 5, decides how the sum is cut into runs.
 void winograd_multiply_panel(const float* rows, const float* panel, float* product, int64_t count,
                              int64_t depth, int64_t kernel, int64_t product_stride);
 
-// A^T m A of one tile: m[e * stride + c] into the results of image n.
+// A^T m A of one tile: m[e * stride + c] into the results of image n. `outliers`: what
+// winograd_add_outliers made of the tile, or null; as many columns.
 template <typename scalar_t>
-void winograd_transform_output(const float* m, int64_t stride, const WinogradImage& shape,
-                               int64_t tile, const ConvolutionEpilogue<scalar_t>& epilogue,
+void winograd_transform_output(const float* m, int64_t stride, const float* outliers,
+                               int64_t columns, const WinogradImage& shape, int64_t tile,
+                               const ConvolutionEpilogue<scalar_t>& epilogue,
                                const Positions<scalar_t>& results, int64_t n);
 
 }  // namespace lpips_fast

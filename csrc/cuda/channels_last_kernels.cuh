@@ -151,8 +151,9 @@ constexpr int channels_last_backward_blocks(int element_size, bool vectors, bool
   return element_size == 2 ? 3 : 0;
 }
 
-// kTap: feat0 is a tap of a network, the result of a ReLU, and feat1 its target, without a gradient.
-// What comes from deeper layers is added and the ReLU's derivative taken in the same pass.
+// kTap: feat0 is a tap of a network, the result of a ReLU, and feat1 its target, without a
+// gradient. What comes from deeper layers is added and the ReLU's derivative taken in the same
+// pass.
 template <typename T, bool kVectors, bool kWeightGradient, bool kTap>
 __global__ void __launch_bounds__(kChannelsLastThreads,
                                   channels_last_backward_blocks(sizeof(T), kVectors,

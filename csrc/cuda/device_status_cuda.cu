@@ -26,8 +26,8 @@ __attribute__((visibility("default"))) const char* lpips_fast_kernel_fault(int d
   if (error == cudaSuccess) error = cudaSetDevice(device);
   if (error == cudaSuccess) {
     cudaFuncAttributes attributes;
-    error = cudaFuncGetAttributes(&attributes,
-                                  reinterpret_cast<const void*>(&lpips_fast::cuda::probe));
+    error =
+        cudaFuncGetAttributes(&attributes, reinterpret_cast<const void*>(&lpips_fast::cuda::probe));
     cudaSetDevice(before);
   }
   cudaGetLastError();  // not left for the next call to find

@@ -147,8 +147,8 @@ TensorList distance_map_backward(TensorList grads, TensorList feats0, TensorList
 }
 
 // The gradient at a tap of a network, as csrc/cpu/distance_cpu.cpp has it: the distance's to feat0,
-// with what comes from deeper layers, through the ReLU whose result feat0 is. `grad` is (N, 1), to a
-// distance, or (N, 1, H, W), to a map.
+// with what comes from deeper layers, through the ReLU whose result feat0 is. `grad` is (N, 1), to
+// a distance, or (N, 1, H, W), to a map.
 TensorList tap_backward(Tensor grad, std::optional<Tensor> deeper, Tensor feat0, Tensor feat1,
                         Tensor weight, double eps, bool need_weight) {
   const TensorList feats0{feat0}, weights{weight};

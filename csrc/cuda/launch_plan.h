@@ -178,10 +178,9 @@ bool rows_adjoin(const View& view, int64_t width) {
 inline Grid grid_of(const LayerWork& work) {
   const int64_t h = work.layer.h, w = work.layer.w;
   if (w == 1) return {1, h, true};
-  if (h == 1 ||
-      (rows_adjoin(work.layer.feat0, w) && rows_adjoin(work.layer.feat1, w) &&
-       rows_adjoin(work.grad0, w) && rows_adjoin(work.grad1, w) && rows_adjoin(work.deeper, w) &&
-       rows_adjoin(work.upstream, w)))
+  if (h == 1 || (rows_adjoin(work.layer.feat0, w) && rows_adjoin(work.layer.feat1, w) &&
+                 rows_adjoin(work.grad0, w) && rows_adjoin(work.grad1, w) &&
+                 rows_adjoin(work.deeper, w) && rows_adjoin(work.upstream, w)))
     return {1, h * w, false};
   return {h, w, false};
 }
@@ -339,8 +338,11 @@ inline void cut_into_blocks(Launch& launch, const std::vector<LayerWork>& works,
     const int64_t in_round = positions_per_round(task, launch, element_size);
     const int64_t rounds = divide_up(task.positions, in_round);
     const int64_t tiles = divide_up(rounds, most_rounds);
-    task.tile_positions =
-        static_cast<int32_t>(in_round * divide_up(rounds, std::max<int64_t>(tiles, 1)));
+    const int64_t tile_positions = in_round * divide_up(rounds, std::max<int64_t>(tiles, 1));
+    if (tile_positions > INT32_MAX)
+      throw std::invalid_argument(
+          "lpips_fast: a block would have more than 2^31-1 positions; split the images");
+    task.tile_positions = static_cast<int32_t>(tile_positions);
     task.tiles = static_cast<uint32_t>(tiles);
     task.first_block = static_cast<uint32_t>(blocks);
     blocks += works[l].layer.n * tiles;

@@ -9,8 +9,8 @@
 // strides or the width do not allow that, and in float64, a thread takes one pixel by single
 // elements. Rows that adjoin in memory are one row.
 //
-// Where asked, an image with a result that is not finite is flagged: its word of `flags` becomes NaN,
-// by an integer OR, which has no order.
+// Where asked, an image with a result that is not finite is flagged: its word of `flags` becomes
+// NaN, by an integer OR, which has no order.
 //
 // 2 x is exact, so that a multiply-add fused by the compiler gives the bits of the two operations.
 #pragma once

@@ -6,9 +6,10 @@ tensors, never a network. Importing this package makes ``torch.ops.lpips_fast`` 
 """
 
 from . import convolution, distance, fire, max_pool, receptive_fields, scale_images
-from .checks import AttributeCheck, ModuleCheck, WeightWatch, lie_plainly
+from .checks import AttributeCheck, ModuleCheck, WeightsCheck, WeightWatch, lie_plainly
 from .dispatch import (
     autocast_dtype,
+    below_autograd,
     has_kernel,
     has_operators,
     has_tangents,
@@ -25,7 +26,9 @@ __all__ = [
     "AttributeCheck",
     "ModuleCheck",
     "WeightWatch",
+    "WeightsCheck",
     "autocast_dtype",
+    "below_autograd",
     "convolution",
     "distance",
     "fire",

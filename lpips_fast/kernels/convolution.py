@@ -42,8 +42,9 @@ def _(weight: Tensor) -> Tensor:
 @fake_kernel("winograd_pack")
 def _(weight: Tensor) -> Tensor:
     out_channels, in_channels, kernel, _ = weight.shape
-    elements = (kernel + 3) ** 2  # of a tile with 4 x 4 results
-    return weight.new_empty((elements, -(-out_channels // _PANEL), in_channels, _PANEL))
+    # Those of a tile with 4 x 4 results, and behind them the plain weights.
+    planes = (kernel + 3) ** 2 + kernel**2
+    return weight.new_empty((planes, -(-out_channels // _PANEL), in_channels, _PANEL))
 
 
 @fake_kernel("depth_to_space")
@@ -84,6 +85,7 @@ def _(
     stride: int,
     padding: int,
     add: Tensor | None = None,
+    outliers: bool = False,
 ) -> Tensor:
     return empty_channels_last(x, x.shape[0], out_channels, *_convolved(x, kernel, stride, padding))
 
@@ -128,5 +130,6 @@ def _(
     stride: int,
     padding: int,
     add: torch.Size | None = None,
+    outliers: bool = False,
 ) -> int:
     return _convolution_flops(x, out_channels, kernel, stride, padding)

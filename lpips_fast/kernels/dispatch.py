@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import os
+from contextlib import AbstractContextManager, nullcontext
 
 import torch
+from torch import Tensor
 
 from .libraries import CUDA_KERNELS, LOADED_LIBRARIES
 
@@ -38,6 +40,18 @@ def autocast_dtype(device: torch.device) -> torch.dtype | None:
     if device.type == "meta" or not torch.is_autocast_enabled(device.type):
         return None
     return torch.get_autocast_dtype(device.type)
+
+
+def below_autograd(*tensors: Tensor) -> AbstractContextManager[object]:
+    """Where no graph is kept of ``tensors``: within, operators of ours skip autograd's wrapper.
+
+    It is Python, and costs more than some kernels.
+    """
+    if torch.compiler.is_compiling():
+        return nullcontext()
+    if torch.is_grad_enabled() and any(t.requires_grad for t in tensors):
+        return nullcontext()
+    return torch._C._AutoDispatchBelowAutograd()
 
 
 def is_eager() -> bool:

@@ -40,12 +40,12 @@ def _save_pool_backward(ctx, inputs, output) -> None:
 def _pool_double_backward(ctx, grad_grad):
     # Linear in grad: the values of grad_grad at the maxima, one for each window.
     x, y, keys = ctx.saved_tensors
-    index = _receivers(x, y, ctx.kernel, ctx.stride, keys)
+    index = receivers(x, y, ctx.kernel, ctx.stride, keys)
     picked = grad_grad.flatten(2).gather(2, index.flatten(2)).view_as(index)
     return picked, None, None, None, None, None
 
 
-def _receivers(x: Tensor, y: Tensor, kernel: int, stride: int, keys: Tensor | None) -> Tensor:
+def receivers(x: Tensor, y: Tensor, kernel: int, stride: int, keys: Tensor | None) -> Tensor:
     """(N, C, h, w), int64: where the gradient of every window goes, as row * width + column."""
     height, width = x.shape[2:]
     ceil_mode = any((s - kernel) // stride + 1 != o for s, o in zip((height, width), y.shape[2:]))

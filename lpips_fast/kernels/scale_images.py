@@ -35,6 +35,11 @@ def _save_scaling(ctx, inputs, output) -> None:
 
 
 def _scaling_backward(ctx, grad, _=None):
+    if any(ctx.needs_input_grad[1:3]):
+        raise NotImplementedError(
+            "lpips_fast::scale_images has no derivative with respect to shift and scale; pass them "
+            "detached"
+        )
     (scale,) = ctx.saved_tensors
     if ctx.unit_range:
         scale = scale / 2

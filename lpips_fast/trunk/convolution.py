@@ -2,13 +2,12 @@
 
 - Winograd's algorithm (``csrc/cpu/winograd_kernels.h``) for 3x3 and 5x5 convolutions, and for
   AlexNet's first, which is a 3x3 one over blocks of 4x4 positions: it multiplies a quarter to a
-  sixth as often as the direct sum. Its rounding error is 1e-6 to 3e-6 of the result's norm, that
-  of the direct sum 3e-7 to 5e-7, and packed weights take up to four times the memory. Images of
-  half precision are only read and written as such. ``LPIPS_FAST_WINOGRAD=0`` in the environment
+  sixth as often as the direct sum. It rounds no more than that (docs/numerics.md), and packed
+  weights take up to five times the memory. Images of half precision are only read and written as
+  such. ``LPIPS_FAST_WINOGRAD=0`` in the environment
   turns it off.
 - Our own direct sum (``csrc/cpu/direct_kernels.h``) for 3x3 convolutions of the images themselves.
-- oneDNN for the rest: it adds the bias and applies the ReLU while a result is in registers, and
-  takes weights that were reordered into its own blocked layout once instead of at every call: at
+- oneDNN for the rest: it adds the bias while a result is in registers, and takes weights that were reordered into its own blocked layout once instead of at every call: at
   small images the reordering costs more than the convolution.
 
 On CUDA it is cuDNN's fused call (:mod:`lpips_fast.trunk.cuda_convolution`).
@@ -104,15 +103,17 @@ def _is_direct(conv: Convolution, dtype: torch.dtype) -> bool:
 def convolve(conv: Convolution, x: Tensor, keep_nan: bool = False) -> Tensor:
     """``relu(conv(x))`` for a channels-last batch of images, without a graph.
 
+    NaN comes through, as through torch's ReLU: a map shows where it reaches.
+
     Args:
-        keep_nan: let NaN through, as torch's ReLU does; oneDNN's own turns NaN into 0.
+        keep_nan: of no meaning here: on CUDA letting NaN through takes longer.
     """
     kernel, stride, padding = conv.kernel, conv.stride, conv.padding
     grid = torch.Size((size + 2 * padding - kernel) // stride + 1 for size in x.shape[2:])
     if uses_winograd(conv, conv.in_channels * stride**2, grid, x.dtype):
         packed, bias = packed_kernel(conv, winograd=True), conv.bias.float()
         return torch.ops.lpips_fast.winograd_conv2d(
-            x, packed, bias, True, None, conv.out_channels, kernel, stride, padding
+            x, packed, bias, True, None, conv.out_channels, kernel, stride, padding, outliers=True
         )
     bias = conv.bias.to(x.dtype)
     if _is_direct(conv, x.dtype):
@@ -124,17 +125,16 @@ def convolve(conv: Convolution, x: Tensor, keep_nan: bool = False) -> Tensor:
     weight = conv.packed_copy(
         ("forward", dtype), lambda: _reordered(conv.weight.to(dtype), padding, stride, x.shape)
     )
-    activation = "none" if keep_nan else "relu"
-    y = torch.ops.mkldnn._convolution_pointwise(
-        x, weight, bias, paddings, strides, [1, 1], 1, activation, [], ""
-    )
-    return y.relu_() if keep_nan else y
+    # oneDNN's own ReLU turns NaN into 0.
+    return torch.ops.mkldnn._convolution_pointwise(
+        x, weight, bias, paddings, strides, [1, 1], 1, "none", [], ""
+    ).relu_()
 
 
 def _reordered(weight: Tensor, padding: int, stride: int, images: torch.Size) -> Tensor:
     """In oneDNN's own order."""
     return torch.ops.mkldnn._reorder_convolution_weight(
-        weight.detach(), [padding] * 2, [stride] * 2, [1, 1], 1, list(images)
+        weight, [padding] * 2, [stride] * 2, [1, 1], 1, list(images)
     )
 
 
@@ -143,7 +143,7 @@ def _in_blocks(weight: Tensor, stride: int) -> Tensor:
     kernel = weight.shape[-1]
     blocks = -(-kernel // stride)
     missing = blocks * stride - kernel
-    weight = F.pad(weight.detach(), (0, missing, 0, missing))
+    weight = F.pad(weight, (0, missing, 0, missing))
     return weight.unflatten(3, (blocks, stride)).unflatten(2, (blocks, stride))
 
 
@@ -158,7 +158,7 @@ def packed_kernel(conv: Convolution, winograd: bool, gradient: bool = False) -> 
     stride = conv.stride if winograd else 1  # which alone runs over blocks
     of_which = _gradient_weight if gradient else _block_weight
     return conv.packed_copy(
-        (winograd, gradient), lambda: pack(of_which(conv.weight.detach().float(), stride))
+        (winograd, gradient), lambda: pack(of_which(conv.weight.float(), stride))
     )
 
 
@@ -200,7 +200,7 @@ def input_gradient(
         packed = conv.packed_copy(
             ("gradient", dtype),
             lambda: _reordered(
-                _gradient_weight(conv.weight.detach().to(dtype), stride).contiguous(
+                _gradient_weight(conv.weight.to(dtype), stride).contiguous(
                     memory_format=torch.channels_last
                 ),
                 border,

@@ -9,7 +9,7 @@ other. Identity does not matter: copies, pickles and moved models are as fast.
 from __future__ import annotations
 
 import functools
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -33,6 +33,7 @@ _UNCOMPARED = frozenset(
         "_parameters",
         "_buffers",
         "_modules",
+        "_is_full_backward_hook",  # the kind of the last one, kept when it is gone
         "_non_persistent_buffers_set",
         "_state_dict_hooks",
         "_state_dict_pre_hooks",
@@ -49,7 +50,7 @@ _HOOKS = (
     "_forward_hooks_always_called",
     "_forward_pre_hooks_with_kwargs",
 )
-_GLOBAL_HOOKS = (
+GLOBAL_HOOKS = (
     "_global_forward_hooks",
     "_global_forward_pre_hooks",
     "_global_backward_hooks",
@@ -110,6 +111,10 @@ class Fault:
         return Fault(f"{name}.{self.where}" if self.where else name, self.what)
 
 
+#: Of modules that are as built and only learn: these may be given images in any memory order.
+LEARNS = Fault("", "has weights that learn")
+
+
 def module_fault(module: nn.Module, template: Template, found: list[Tensor]) -> Fault | None:
     """The first thing in which a module differs from its template, or None.
 
@@ -129,7 +134,7 @@ def _fault_in_words(module: nn.Module, template: Template, found: list[Tensor]) 
     attributes = module.__dict__
     for key, value in template.configuration:
         now = attributes[key]
-        if now is not value and now != value:
+        if now is not value and (type(now) is not type(value) or now != value):
             return Fault("", f"has {key} {now!r}, not {value!r} as built")
     parameters = attributes["_parameters"]
     if len(parameters) != len(template.shapes) or tuple(attributes["_buffers"]) != template.buffers:
@@ -182,7 +187,7 @@ def weights_fault(
     parameters: list[Tensor], device: torch.device, dtype: torch.dtype
 ) -> Fault | None:
     """Why weights cannot be used as plain, dense and frozen ones, or None."""
-    if kernels.lie_plainly(parameters, device, dtype, torch.strided):
+    if kernels.lie_plainly(parameters, device, dtype, torch.strided, False):
         return None
     for parameter in parameters:
         if parameter.device != device:
@@ -191,7 +196,7 @@ def weights_fault(
             return Fault("", f"a weight is {parameter.dtype} and the images are {dtype}")
         if parameter.layout is not torch.strided or parameter.data_ptr() == 0:
             return Fault("", "a weight has no memory of its own")
-        if parameter.dim() == 4 and not is_packable(parameter):
+        if not (is_packable(parameter) if parameter.dim() == 4 else parameter.is_contiguous()):
             return Fault("", "a weight does not lie dense in memory")
     return None
 
@@ -233,16 +238,52 @@ def fast_slice(
     if fault is not None:
         return fault
     if not frozen and torch.is_grad_enabled() and any(p.requires_grad for p in found):
-        return Fault("", "has weights that learn")
+        return LEARNS
     autocast = kernels.autocast_dtype(device) is not None
     fault = weights_fault(found, device, found[0].dtype if autocast else dtype)
     return FastSlice(net, number, tuple(found)) if fault is None else fault
 
 
+@functools.cache
+def _slices_template(net: str) -> tuple[tuple[Template, ...], tuple[int, ...]]:
+    """Of every slice its template, and how many parameters it has."""
+    templates = tuple(_slice_template(net, k + 1) for k in range(len(trunk_spec(net).taps)))
+    return templates, tuple(_parameters_of(template) for template in templates)
+
+
+def _parameters_of(template: Template) -> int:
+    own = sum(shape is not None for _, shape in template.shapes)
+    return own + sum(_parameters_of(child) for _, child in template.children)
+
+
+def fast_slices(
+    blocks: Sequence[nn.Module], net: str, device: torch.device, dtype: torch.dtype, frozen: bool
+) -> list[FastSlice | Fault]:
+    """:func:`fast_slice` of all slices: in few calls where all are as built, the usual case."""
+    templates, counts = _slices_template(net)
+    found: list[Tensor] = []
+    if all(template.check.matches(block, found) for template, block in zip(templates, blocks)):
+        if kernels.autocast_dtype(device) is not None:
+            dtype = found[0].dtype
+        learns_not = not frozen and torch.is_grad_enabled()
+        if kernels.lie_plainly(found, device, dtype, torch.strided, learns_not):
+            result: list[FastSlice | Fault] = []
+            first = 0
+            for k, count in enumerate(counts, start=1):
+                result.append(FastSlice(net, k, tuple(found[first : first + count])))
+                first += count
+            return result
+    return [
+        fast_slice(block, net, number, device, dtype, frozen)
+        for number, block in enumerate(blocks, start=1)
+    ]
+
+
 # ------------------------------------------------------------------------------------ the call
 
 
-_METHODS = ("forward", "__call__", "_call_impl", "_wrapped_call_impl", "_conv_forward")
+# What a call of a module runs.
+METHODS = ("forward", "__call__", "_call_impl", "_wrapped_call_impl", "_conv_forward")
 _CLASSES = (
     nn.Conv2d,
     nn.ReLU,
@@ -253,8 +294,9 @@ _CLASSES = (
     CeilMaxPool2d,
 )
 _FUNCTIONS = [
-    *((kind, name) for kind in _CLASSES for name in _METHODS if hasattr(kind, name)),
+    *((kind, name) for kind in _CLASSES for name in METHODS if hasattr(kind, name)),
     *((nn.functional, name) for name in ("conv2d", "relu", "max_pool2d")),
+    *((nn, name) for name in ("Conv2d", "ReLU", "MaxPool2d", "Sequential", "Dropout")),
 ]
 _AS_IMPORTED = [getattr(owner, name) for owner, name in _FUNCTIONS]
 _FUNCTION_CHECK = kernels.AttributeCheck(_FUNCTIONS)
@@ -274,19 +316,24 @@ def call_fault(images: Iterable[Tensor], device: torch.device, dtype: torch.dtyp
             return "the batch is empty"
     if not kernels.is_eager():
         return "torch is exporting, tracing or transforming the call"
+    return calls_fault() or device_fault(device, dtype)
+
+
+def calls_fault() -> str | None:
+    """Why every module is called just now, whatever it is: somebody watches or changes all."""
     if torch._C._len_torch_dispatch_stack() > 0:
         return "a TorchDispatchMode is active"
     if torch._C._len_torch_function_stack() > 0 and any(
         type(mode) is not DeviceContext for mode in _get_current_function_mode_stack()
     ):
         return "a TorchFunctionMode is active"
-    if any(getattr(torch_module, name) for name in _GLOBAL_HOOKS):
+    if any(getattr(torch_module, name) for name in GLOBAL_HOOKS):
         return "hooks are registered for all modules"
     if not _FUNCTION_CHECK.unchanged():
         for (owner, name), function in zip(_FUNCTIONS, _AS_IMPORTED):
             if getattr(owner, name) is not function:
                 return f"{owner.__name__}.{name} was replaced"
-    return device_fault(device, dtype)
+    return None
 
 
 def device_fault(device: torch.device, dtype: torch.dtype) -> str | None:

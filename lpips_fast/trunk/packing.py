@@ -13,12 +13,13 @@ from __future__ import annotations
 import warnings
 import weakref
 from collections.abc import Callable, Hashable, Iterable
+from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.multiprocessing.reductions import StorageWeakRef
 
-from ..kernels import WeightWatch
+from .. import kernels
 
 _SAMPLE_CHANGED, _CHUNK_CHANGED = 1, 2
 
@@ -34,33 +35,35 @@ class PackedWeight:
         "_storage",
         "_strides",
         "_version",
-        "_watch",
-        "_weight",
+        "finalizer",
+        "watch",
     )
 
     def __init__(self, weight: Tensor) -> None:
-        self._weight = weakref.ref(weight)
         self._storage = StorageWeakRef(weight.untyped_storage())
         self._shape, self._strides, self._dtype = weight.shape, weight.stride(), weight.dtype
         self._version = _version(weight)
-        self._watch = WeightWatch(
+        self.watch = kernels.WeightWatch(
             weight.data_ptr(), weight.element_size(), self._shape, self._strides
         )
         self._copies: dict[Hashable, Tensor] = {}
+        self.finalizer: weakref.finalize | None = None
 
     def is_of(self, weight: Tensor) -> bool:
         """Whether the copies are what packing ``weight`` now would give."""
-        if self._version != _version(weight) or self._strides != weight.stride():
-            return False
-        if self._weight() is not weight and (
-            self._dtype != weight.dtype or self._shape != weight.shape or self._storage.expired()
+        if (
+            self._version != _version(weight)
+            or self._strides != weight.stride()
+            or self._dtype != weight.dtype
+            or self._shape != weight.shape
+            or self._storage.expired()
         ):
             return False
-        verdict = self._watch.look(weight.data_ptr())
+        verdict = self.watch.look(weight.data_ptr())
         if verdict == _CHUNK_CHANGED:
             warnings.warn(
                 "a frozen weight of the trunk was changed in place in a few elements, behind "
-                f"torch's version counter, within the last {self._watch.rounds} calls; it is "
+                f"torch's version counter, within the last {self.watch.rounds} calls; it is "
                 "packed again now. Call model.repack() after such a write to have it seen at once",
                 stacklevel=2,
             )
@@ -78,11 +81,48 @@ class PackedWeight:
     @property
     def rounds(self) -> int:
         """Calls within which any lasting change of the memory is found."""
-        return self._watch.rounds
+        return self.watch.rounds
 
 
 # By address. The weight itself is not kept alive: where its memory is gone, so is what it says.
 _PACKED: dict[int, PackedWeight] = {}
+
+
+class _OfSlice(NamedTuple):
+    """What was packed of a slice's weights, and one check for all of them."""
+
+    check: kernels.WeightsCheck
+    packed: list[PackedWeight]
+    finalizers: list[weakref.finalize]  # of the weights' storages
+
+
+# By the identities of a slice's weights.
+_OF_SLICES: dict[tuple[int, ...], _OfSlice] = {}
+
+
+def packed_weights(weights: list[Tensor]) -> list[PackedWeight]:
+    """:func:`packed_weight` of all of a slice's weights, in one call where nothing changed."""
+    key = tuple(map(id, weights))
+    held = _OF_SLICES.get(key)
+    if held is not None and held.check.unchanged(weights):
+        return held.packed
+    packed = [packed_weight(weight) for weight in weights]
+    if all(type(weight) is nn.Parameter for weight in weights):  # others come and go
+        check = kernels.WeightsCheck(weights, [one.watch for one in packed])
+        # Of the memory, not of the parameters: torch swaps no tensor that has a weak reference.
+        gone = [_when_gone(weight, _OF_SLICES.pop, key, None) for weight in weights]
+        _OF_SLICES[key] = _OfSlice(check, packed, gone)
+        if held is not None:  # or they pile up where weights are written at every step
+            for finalizer in held.finalizers:
+                finalizer.detach()
+    return packed
+
+
+def _when_gone(weight: Tensor, function: Callable[..., Any], *arguments: Any) -> weakref.finalize:
+    """Calls a function when a weight's memory is given back."""
+    finalizer = weakref.finalize(weight.untyped_storage(), function, *arguments)
+    finalizer.atexit = False
+    return finalizer
 
 
 def packed_weight(weight: Tensor) -> PackedWeight:
@@ -98,10 +138,11 @@ def packed_weight(weight: Tensor) -> PackedWeight:
         return found
     for stale in [a for a, packed in list(_PACKED.items()) if packed._storage.expired()]:
         _PACKED.pop(stale, None)
-    packed = _PACKED[address] = PackedWeight(weight)
-    # Of the memory, not of the parameter: torch swaps no tensor that somebody else looks at.
-    storage = weight.untyped_storage()
-    weakref.finalize(storage, _forget, address, weakref.ref(packed)).atexit = False
+    packed = PackedWeight(weight)
+    packed.finalizer = _when_gone(weight, _forget, address, weakref.ref(packed))
+    if found is not None and found.finalizer is not None:
+        found.finalizer.detach()
+    _PACKED[address] = packed
     return packed
 
 
@@ -115,6 +156,7 @@ def forget(weights: Iterable[Tensor]) -> None:
     for weight in weights:
         if weight.device.type == "cpu" and weight.layout == torch.strided:
             _PACKED.pop(weight.data_ptr(), None)
+    _OF_SLICES.clear()
 
 
 def is_packable(weight: Tensor) -> bool:

@@ -15,10 +15,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from .. import kernels
 from . import convolution, cuda_convolution, fire
 from .convolution import Convolution
 from .fire import FireConvolutions
-from .packing import packed_weight
+from .packing import PackedWeight, packed_weights
 from .table import TRUNKS, Conv, Fire, Layer, MaxPool, ReLU, TrunkSpec
 
 
@@ -71,8 +72,9 @@ def run(
         keep_nan: let NaN through, so that a NaN in an image reaches the distance by its tap.
     """
     x = held.pop()
-    for layer, convolutions in zip(layers, _convolutions(layers, parameters, x)):
-        x = _made(layer, convolutions, x, keep_nan)[-1]
+    with torch.no_grad(), kernels.below_autograd():
+        for layer, convolutions in zip(layers, _convolutions(layers, parameters, x)):
+            x = _made(layer, convolutions, x, keep_nan)[-1]
     return x
 
 
@@ -81,9 +83,10 @@ def record(
 ) -> list[Tensor]:
     """:func:`run`, and what every layer made, the tap last: what :func:`input_gradient` needs."""
     made: list[Tensor] = []
-    for layer, convolutions in zip(layers, _convolutions(layers, parameters, x)):
-        made += _made(layer, convolutions, x, keep_nan)
-        x = made[-1]
+    with torch.no_grad(), kernels.below_autograd():
+        for layer, convolutions in zip(layers, _convolutions(layers, parameters, x)):
+            made += _made(layer, convolutions, x, keep_nan)
+            x = made[-1]
     return made
 
 
@@ -106,6 +109,18 @@ def input_gradient(
         keys: before each pooling (:mod:`lpips_fast.trunk.receptive_fields`); none: ties go by
             values.
     """
+    with torch.no_grad(), kernels.below_autograd():
+        return _input_gradient(layers, parameters, grad, x, made, keys)
+
+
+def _input_gradient(
+    layers: Sequence[Layer],
+    parameters: Sequence[Tensor],
+    grad: Tensor,
+    x: Tensor,
+    made: Sequence[Tensor],
+    keys: Sequence[Tensor],
+) -> Tensor:
     keys_left = list(keys)
     convolutions, left = _convolutions(layers, parameters, x), [x, *made]
     backend = _backend(x)
@@ -133,14 +148,19 @@ def _convolutions(
     layers: Sequence[Layer], parameters: Sequence[Tensor], x: Tensor
 ) -> list[list[Convolution]]:
     """The convolutions of every layer: none, one, or a fire module's three."""
-    left = iter(parameters)
+    # Nothing keeps a graph here, so that weights need not be detached.
+    weights, biases = list(parameters[::2]), list(parameters[1::2])
+    packed: Sequence[PackedWeight | None] = [None] * len(weights)
+    if x.is_cuda:  # one launch where it is not so already
+        weights = [w.to(x.dtype, memory_format=torch.channels_last) for w in weights]
+        biases = [b.to(x.dtype) for b in biases]
+    else:
+        packed = packed_weights(weights)
+    left = iter(zip(weights, biases, packed))
 
     def conv(stride: int = 1, padding: int = 0) -> Convolution:
-        weight, bias = next(left), next(left)
-        if x.is_cuda:  # one launch where it is not so already
-            weight = weight.detach().to(x.dtype, memory_format=torch.channels_last)
-            return Convolution(weight, bias.detach().to(x.dtype), stride, padding, None)
-        return Convolution(weight.detach(), bias.detach(), stride, padding, packed_weight(weight))
+        weight, bias, copies = next(left)
+        return Convolution(weight, bias, stride, padding, copies)
 
     result: list[list[Convolution]] = []
     for layer in layers:

@@ -4,10 +4,10 @@
 // fibers.cpp is compiled without instrumentation, so that the race detector sees kernels alone.
 #pragma once
 
+#include <vector_types.h>
+
 #include <cstdint>
 #include <functional>
-
-#include <vector_types.h>
 
 extern uint3 threadIdx, blockIdx;
 extern dim3 blockDim, gridDim;
@@ -22,7 +22,8 @@ constexpr int kWarpSize = 32;
 // Waits for the block's other threads.
 void block_barrier();
 
-// Waits for the warp's other lanes and returns what the lane that is `offset` away (by xor) brought.
+// Waits for the warp's other lanes and returns what the lane that is `offset` away (by xor)
+// brought.
 uint64_t exchange(uint64_t value, int offset);
 
 // The order in which blocks, a block's warps and a warp's lanes run between barriers. A kernel

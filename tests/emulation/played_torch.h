@@ -62,7 +62,8 @@ AOTITorchError aoti_torch_delete_device_guard(DeviceGuardHandle) {
   return 0;
 }
 
-AOTITorchError aoti_torch_get_current_cuda_stream(int32_t, void** stream) {
+// Weak, as csrc/cuda/torch_side.h declares it later.
+[[gnu::weak]] AOTITorchError aoti_torch_get_current_cuda_stream(int32_t, void** stream) {
   ++played::device.streams;
   *stream = &played::device.stream;
   return 0;
@@ -117,8 +118,8 @@ void play(int multiprocessors, int order, int error) {
 // without a guard.
 void count_calls(int* counts) {
   played::Device& d = played::device;
-  for (int* count : {&d.stream.launches, &d.guards, &d.guards_held, &d.streams,
-                     &d.unguarded_launches}) {
+  for (int* count :
+       {&d.stream.launches, &d.guards, &d.guards_held, &d.streams, &d.unguarded_launches}) {
     *counts++ = *count;
     if (count != &d.guards_held) *count = 0;
   }

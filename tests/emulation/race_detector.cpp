@@ -84,9 +84,9 @@ struct Detector {
     const std::string text =
         std::string(what) + (is_shared ? " (shared memory)" : " (global memory)");
     if (reports.size() < kMostReports && known.insert({text, kernel}).second)
-      reports.push_back({text + ", first thread " + std::to_string(thread) + " of block " +
-                             std::to_string(block),
-                         kernel});
+      reports.push_back(
+          {text + ", first thread " + std::to_string(thread) + " of block " + std::to_string(block),
+           kernel});
   }
 
   // Whether an earlier access to global memory is unordered with one that is made now.
@@ -107,8 +107,9 @@ struct Detector {
     const bool both_atomic = access == Access::kAtomic && cell.written_atomically;
     if (cell.written && !both_atomic &&
         is_unordered(cell.writer_block, cell.writer_epoch, cell.writer_thread != thread))
-      report(writes ? "race: two threads write one place" : "race: a thread reads what another wrote",
-             is_shared);
+      report(
+          writes ? "race: two threads write one place" : "race: a thread reads what another wrote",
+          is_shared);
     if (writes && cell.read &&
         (cell.other_blocks_read ||
          is_unordered(cell.reader_block, cell.reader_epoch,
@@ -157,7 +158,7 @@ Detector& detector() {
 int watch_shared_memory(dl_phdr_info* info, size_t, void* own_base) {
   if (reinterpret_cast<void*>(info->dlpi_addr) != own_base) return 0;
   for (int i = 0; i < info->dlpi_phnum; ++i) {
-    const ElfW(Phdr)& segment = info->dlpi_phdr[i];
+    const ElfW(Phdr) & segment = info->dlpi_phdr[i];
     if (segment.p_type != PT_LOAD || segment.p_memsz == segment.p_filesz) continue;
     const uintptr_t begin = info->dlpi_addr + segment.p_vaddr;
     detector().add_pages(begin + segment.p_filesz, begin + segment.p_memsz, true);
@@ -191,8 +192,7 @@ void unwatch(const void* begin, size_t bytes) {
 
 void start_launch(const void* kernel) {
   Detector& d = detector();
-  if (d.launch++ == 0)
-    dl_iterate_phdr(watch_shared_memory, const_cast<char*>(own_base()));
+  if (d.launch++ == 0) dl_iterate_phdr(watch_shared_memory, const_cast<char*>(own_base()));
   d.kernel = kernel;
   d.launched.insert(kernel);
 }
@@ -284,31 +284,28 @@ HOOKS_OF_SIZE(16)
 #undef HOOKS_OF_SIZE
 
 // Of the host's own code around the kernels (reference counts, tables), which one thread runs.
-#define ATOMICS_OF_SIZE(bits, T)                                                             \
-  T __tsan_atomic##bits##_load(const volatile T* a, int) { return *a; }                      \
-  void __tsan_atomic##bits##_store(volatile T* a, T v, int) { *a = v; }                      \
-  T __tsan_atomic##bits##_exchange(volatile T* a, T v, int) {                                \
-    const T before = *a;                                                                     \
-    *a = v;                                                                                  \
-    return before;                                                                           \
-  }                                                                                          \
-  T __tsan_atomic##bits##_fetch_add(volatile T* a, T v, int) {                               \
-    return __atomic_fetch_add(a, v, __ATOMIC_SEQ_CST);                                       \
-  }                                                                                          \
-  T __tsan_atomic##bits##_fetch_sub(volatile T* a, T v, int) {                               \
-    return __atomic_fetch_sub(a, v, __ATOMIC_SEQ_CST);                                       \
-  }                                                                                          \
-  T __tsan_atomic##bits##_fetch_or(volatile T* a, T v, int) {                                \
-    return __atomic_fetch_or(a, v, __ATOMIC_SEQ_CST);                                        \
-  }                                                                                          \
-  int __tsan_atomic##bits##_compare_exchange_strong(volatile T* a, T* expected, T v, int,    \
-                                                    int) {                                   \
-    return __atomic_compare_exchange_n(a, expected, v, false, __ATOMIC_SEQ_CST,              \
-                                       __ATOMIC_SEQ_CST);                                    \
-  }                                                                                          \
-  int __tsan_atomic##bits##_compare_exchange_weak(volatile T* a, T* expected, T v, int, int) { \
-    return __atomic_compare_exchange_n(a, expected, v, false, __ATOMIC_SEQ_CST,              \
-                                       __ATOMIC_SEQ_CST);                                    \
+#define ATOMICS_OF_SIZE(bits, T)                                                                   \
+  T __tsan_atomic##bits##_load(const volatile T* a, int) { return *a; }                            \
+  void __tsan_atomic##bits##_store(volatile T* a, T v, int) { *a = v; }                            \
+  T __tsan_atomic##bits##_exchange(volatile T* a, T v, int) {                                      \
+    const T before = *a;                                                                           \
+    *a = v;                                                                                        \
+    return before;                                                                                 \
+  }                                                                                                \
+  T __tsan_atomic##bits##_fetch_add(volatile T* a, T v, int) {                                     \
+    return __atomic_fetch_add(a, v, __ATOMIC_SEQ_CST);                                             \
+  }                                                                                                \
+  T __tsan_atomic##bits##_fetch_sub(volatile T* a, T v, int) {                                     \
+    return __atomic_fetch_sub(a, v, __ATOMIC_SEQ_CST);                                             \
+  }                                                                                                \
+  T __tsan_atomic##bits##_fetch_or(volatile T* a, T v, int) {                                      \
+    return __atomic_fetch_or(a, v, __ATOMIC_SEQ_CST);                                              \
+  }                                                                                                \
+  int __tsan_atomic##bits##_compare_exchange_strong(volatile T* a, T* expected, T v, int, int) {   \
+    return __atomic_compare_exchange_n(a, expected, v, false, __ATOMIC_SEQ_CST, __ATOMIC_SEQ_CST); \
+  }                                                                                                \
+  int __tsan_atomic##bits##_compare_exchange_weak(volatile T* a, T* expected, T v, int, int) {     \
+    return __atomic_compare_exchange_n(a, expected, v, false, __ATOMIC_SEQ_CST, __ATOMIC_SEQ_CST); \
   }
 ATOMICS_OF_SIZE(8, uint8_t)
 ATOMICS_OF_SIZE(16, uint16_t)

@@ -1,5 +1,5 @@
-// Looks at every load and store of a kernel that runs in the emulation (fibers.h), as the compiler's
-// hooks for its thread sanitizer report them; the sanitizer's own library is not linked.
+// Looks at every load and store of a kernel that runs in the emulation (fibers.h), as the
+// compiler's hooks for its thread sanitizer report them; the sanitizer's own library is not linked.
 //
 // The rules are those of CUDA for threads without atomics or fences:
 //

@@ -1,7 +1,9 @@
-// The CUDA kernels of the distance, unmodified, on the CPU: behind a plain C interface with a launch
-// plan for raw memory, and behind torch's side of the operators.
+// The CUDA kernels of the distance, unmodified, on the CPU: behind a plain C interface with a
+// launch plan for raw memory, and behind torch's side of the operators.
 #define EMULATED_OPERATORS lpips_fast_emulated_distance
+// clang-format off: first of all, what the kernels find instead of nvcc's.
 #include "played_torch.h"
+// clang-format on
 
 #include <exception>
 #include <string>
@@ -27,8 +29,8 @@ template <typename T>
 int run(int operation, const std::vector<LayerWork>& works, double eps, int multiprocessors,
         int order, void* out) {
   emulation::Stream stream{static_cast<emulation::Order>(order)};
-  const auto planned = operation == kTapBackward ? Operation::kBackward
-                                                 : static_cast<Operation>(operation);
+  const auto planned =
+      operation == kTapBackward ? Operation::kBackward : static_cast<Operation>(operation);
   const Plan plan = plan_call(planned, works, sizeof(T), multiprocessors);
   const int64_t bytes = plan.workspace * static_cast<int64_t>(sizeof(accumulator_t<T>));
   char* workspace = guarded_map(bytes, false);
@@ -60,7 +62,7 @@ int run_distance(const char* dtype, int operation, const LayerWork* works, int c
     if (name == "float32") return run<float>(operation, layers, eps, multiprocessors, order, out);
     if (name == "float64") return run<double>(operation, layers, eps, multiprocessors, order, out);
     if (name == "float16") return run<__half>(operation, layers, eps, multiprocessors, order, out);
-    if (name == "bfloat16") 
+    if (name == "bfloat16")
       return run<__nv_bfloat16>(operation, layers, eps, multiprocessors, order, out);
     error = "unknown dtype " + name;
   } catch (const std::exception& exception) {

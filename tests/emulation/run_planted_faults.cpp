@@ -1,6 +1,8 @@
-// Small kernels with a fault each, and twins without it, to show that the emulation sees the one and
-// is silent of the other. tests/kernels/test_race_detector.py runs them.
+// Small kernels with a fault each, and twins without it, to show that the emulation sees the one
+// and is silent of the other. tests/kernels/test_race_detector.py runs them.
+// clang-format off: first of all, what the kernels find instead of nvcc's.
 #include "cuda_emulation.h"
+// clang-format on
 
 #include <exception>
 #include <map>
@@ -163,7 +165,10 @@ namespace {
 
 using namespace planted;
 using Kernel = void (*)(PlantedTask);
-#define WITH_TWIN(name) {#name, {name<false>, name<true>}}
+#define WITH_TWIN(name)                \
+  {                                    \
+    #name, { name<false>, name<true> } \
+  }
 const std::map<std::string, std::pair<Kernel, Kernel>> kKernels = {
     WITH_TWIN(take_from_neighbour),   WITH_TWIN(use_buffer_twice),
     WITH_TWIN(order_by_shuffle),      WITH_TWIN(write_the_same),

@@ -1,7 +1,9 @@
 // The trunk's CUDA kernels, unmodified, on the CPU: behind a plain C interface for raw memory, and
 // behind torch's side of the operators.
 #define EMULATED_OPERATORS lpips_fast_emulated_trunk
+// clang-format off: first of all, what the kernels find instead of nvcc's.
 #include "played_torch.h"
+// clang-format on
 
 #include <exception>
 #include <string>

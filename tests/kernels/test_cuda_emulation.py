@@ -777,7 +777,7 @@ class TestPlan:
             (8, 128, 512),  # 2048 rounds: by four in one wave, not by three in 1.3
             (1, 184, 265),  # 529 rounds: by two in one wave, not one by one in a second
             (12, 128, 1032),  # 3072: by three in two waves, not by four in 1.5
-            (32, 256, 32 * 256),  # many waves: by four
+            (32, 256, 4096),  # many: at most 32 blocks a multiprocessor, so by eight
         ):
             work = work_of((images, 64, side, side), (64 * side**2, 1, 64 * side, 64), 0)
             plan = emulator.plan(MAP, work, 4)

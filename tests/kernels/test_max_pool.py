@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -73,3 +75,67 @@ def test_refusals():
         max_pool(torch.randn(1, 4, 2, 5), (3, 2, False))
     with pytest.raises(RuntimeError, match="float32, float64, float16 or bfloat16"):
         max_pool(torch.ones(1, 4, 5, 5, dtype=torch.int32), (3, 2, False))
+
+
+class TestKeys:
+    """Positions that are equal but for rounding: the first of a window gets the gradient."""
+
+    def case(self, window, dtype=torch.float32):
+        x = torch.randn(2, 70, 9, 11, dtype=dtype).contiguous(memory_format=torch.channels_last)
+        keys = torch.randint(0, 4, (2, 2, 9, 11))
+        kernel, stride, ceil_mode = window
+        y = F.max_pool2d(x, kernel, stride, ceil_mode=ceil_mode)
+        return x, y.contiguous(memory_format=torch.channels_last), keys
+
+    def expected(self, grad, x, keys, window):
+        kernel, stride, ceil_mode = window
+        result = torch.zeros_like(x)
+        for n, c in itertools.product(range(x.shape[0]), range(x.shape[1])):
+            of_group = keys[n, c * keys.shape[1] // x.shape[1]]
+            for r, q in itertools.product(*map(range, grad.shape[2:])):
+                places = [
+                    (h, w)
+                    for h in range(r * stride, min(r * stride + kernel, x.shape[2]))
+                    for w in range(q * stride, min(q * stride + kernel, x.shape[3]))
+                ]
+                largest = max(places, key=lambda p: x[n, c, p[0], p[1]])
+                first = next(p for p in places if of_group[p] == of_group[largest])
+                result[n, c, first[0], first[1]] += grad[n, c, r, q]
+        return result
+
+    @pytest.mark.usefixtures("poisoned")
+    @pytest.mark.parametrize("window", WINDOWS, ids=str)
+    def test_against_a_loop(self, window):
+        x, y, keys = self.case(window)
+        grad = torch.randn_like(y)
+        operator = torch.ops.lpips_fast.max_pool2d_backward
+        found = operator(grad, x, y, window[0], window[1], keys)
+        torch.testing.assert_close(found, self.expected(grad, x, keys, window))
+        one = keys[:, :1].contiguous()
+        found = operator(grad, x, y, window[0], window[1], one)
+        torch.testing.assert_close(found, self.expected(grad, x, one, window))
+
+    def test_derivative(self):
+        for window in WINDOWS:
+            x, y, keys = self.case(window, torch.float64)
+            x, y = x[:, :4], y[:, :4]
+            grad = torch.randn_like(y).requires_grad_()
+            operator = torch.ops.lpips_fast.max_pool2d_backward
+            assert torch.autograd.gradcheck(
+                lambda g, w=window, x=x, y=y, k=keys: operator(g, x, y, w[0], w[1], k), grad
+            )
+
+    @pytest.mark.parametrize(
+        "wrong",
+        [
+            lambda k: k.int(),
+            lambda k: k[..., :-1],
+            lambda k: k[:1],
+            lambda k: k[:, [0, 1, 0]],
+            lambda k: k.transpose(2, 3).contiguous().transpose(2, 3),
+        ],
+    )
+    def test_others_are_refused(self, wrong):
+        x, y, keys = self.case((3, 2, False))
+        with pytest.raises(RuntimeError, match="contiguous int64 keys"):
+            torch.ops.lpips_fast.max_pool2d_backward(y, x, y, 3, 2, wrong(keys))

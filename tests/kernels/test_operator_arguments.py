@@ -139,6 +139,8 @@ def check(name: str, source: Source) -> None:
         assert all(t.device.type == "meta" for t in flat([*arguments, result]))
         return
     expected = formula(*arguments)
+    if expected is None:
+        return
     for got, right in zip(flat([result]), flat([expected]), strict=True):
         assert got.shape == right.shape, (got.shape, right.shape)
         is_exact = all(t.dtype == torch.float64 for t in flat([*arguments, got]))
@@ -172,10 +174,10 @@ def test_refused_or_computed(name):
 
 
 def test_every_operator_of_the_cpu_is_tried():
-    """Of ``csrc/ops.cpp``: ``bias_relu_`` alone has no kernel on the CPU."""
+    """Of ``csrc/ops.cpp``: two have no kernel on the CPU."""
     schemas = (Path(__file__).parents[2] / "csrc" / "ops.cpp").read_text()
     names = set(re.findall(r'"(\w+)\(', schemas))
-    assert names == set(CALLS) | {"bias_relu_"}
+    assert names == set(CALLS) | {"bias_relu_", "scale_images_flagged"}
     with pytest.raises(NotImplementedError):
         OPS.bias_relu_(torch.ones(1, 1, 1, 1), torch.ones(1))
 

@@ -104,6 +104,12 @@ class TestDerivatives:
         with pytest.raises(NotImplementedError, match=f"lpips_fast::{name} has no derivative"):
             results[0].sum().backward()
 
+    def test_scaling_has_none_to_its_constants(self):
+        shift = torch.zeros(3, requires_grad=True)
+        y = OPS.scale_images([torch.ones(1, 3, 2, 2)], shift, torch.ones(3), False, torch.float32)
+        with pytest.raises(NotImplementedError, match="shift and scale"):
+            y.sum().backward()
+
     @pytest.mark.parametrize("spatial", [False, True], ids=["averaged", "map"])
     def test_of_any_order(self, spatial):
         """Each of a feature that is made from another, too: partial derivatives are no totals."""

@@ -102,9 +102,12 @@ void max_pool() {
         largest = std::max(largest, static_cast<double>(x[(h * s.width + w) * s.channels + c]));
     expect_close(static_cast<double>(y[i]), largest, 0, "max_pool");
   }
+  Exact<int64_t> keys(s.height * s.width);
+  for (int64_t p = 0; p < keys.size(); ++p) keys[p] = integer(0, 3);
+  const int64_t* asked = integer(0, 1) ? keys.data() : nullptr;
   const int64_t middle = integer(0, s.channels);
   for (const auto& [begin, end] : {std::pair(int64_t{0}, middle), std::pair(middle, s.channels)})
-    max_pool_backward(grad.data(), x.data(), y.data(), grad_x.data(), s, begin, end);
+    max_pool_backward(grad.data(), x.data(), y.data(), asked, grad_x.data(), s, begin, end);
   double given = 0, taken = 0;
   for (int64_t i = 0; i < pooled; ++i) given += static_cast<double>(grad[i]);
   for (int64_t i = 0; i < x.size(); ++i) taken += static_cast<double>(grad_x[i]);
@@ -232,42 +235,52 @@ void winograd() {
   const int64_t width = winograd_panel_width(), depth = shape.depth();
   const int64_t panels = (out_channels + width - 1) / width, columns = panels * width;
   const int64_t elements = shape.elements();
-  Exact<float> packed(elements * panels * depth * width);
+  const int64_t taps = blocks * blocks, plane = panels * depth * width;
+  Exact<float> packed(elements * plane), plain(taps * plane);
   for (int64_t o = 0; o < columns; ++o) {
     for (int64_t k = 0; k < depth; ++k) {
-      float* to = packed.data() + (o / width * depth + k) * width + o % width;
-      if (o >= out_channels) {
-        for (int64_t e = 0; e < elements; ++e) to[e * panels * depth * width] = 0;
-        continue;
-      }
+      const int64_t at = (o / width * depth + k) * width + o % width;
       const int64_t row = k / shape.row_of_block(), column = k % shape.row_of_block() / channels;
-      Exact<float> taps(blocks * blocks);
-      for (int64_t i = 0; i < blocks; ++i) {
-        for (int64_t j = 0; j < blocks; ++j) {
-          const int64_t y = i * stride + row, x = j * stride + column;
-          taps[i * blocks + j] =
-              y < kernel && x < kernel
-                  ? weight[((o * channels + k % channels) * kernel + y) * kernel + x]
-                  : 0;
-        }
+      Exact<float> block(taps);
+      for (int64_t t = 0; t < taps; ++t) {
+        const int64_t y = t / blocks * stride + row, x = t % blocks * stride + column;
+        const bool is_there = o < out_channels && y < kernel && x < kernel;
+        block[t] = is_there ? weight[((o * channels + k % channels) * kernel + y) * kernel + x] : 0;
+        plain[t * plane + at] = block[t];
       }
-      winograd_transform_weight(taps.data(), blocks, blocks, 1, to, panels * depth * width);
+      winograd_transform_weight(block.data(), blocks, blocks, 1, packed.data() + at, plane);
     }
   }
+
+  const bool has_outliers = integer(0, 1) != 0;
+  if (has_outliers)
+    for (int64_t k = integer(1, 3); k > 0; --k)
+      image.memory[integer(0, image.memory.size() - 1)] = static_cast<T>(5000 * integer(-1, 1));
+  bool found = false;
+  for (int64_t p = 0; p < image.height * image.width; ++p)
+    found |= winograd_has_outliers(image.memory.data() + p * image.column, channels);
+  if (found && !has_outliers) expect_close(1, 0, 0, "outliers among small numbers");
 
   const int64_t tiles = shape.tiles();
   Exact<float> inputs(elements * tiles * depth), products(elements * tiles * columns);
   Image<T> results(shape.height, shape.width, out_channels, integer(0, 2));
   const Epilogue<T> epilogue(shape.height, shape.width, out_channels);
   for (int64_t t = 0; t < tiles; ++t)
-    winograd_transform_input(image.read(), 0, shape, t, inputs.data() + t * depth, tiles * depth);
+    winograd_transform_input(image.read(), 0, shape, t, found, inputs.data() + t * depth,
+                             tiles * depth);
   for (int64_t k = 0; k < elements * panels; ++k)
-    winograd_multiply_panel(
-        inputs.data() + k / panels * tiles * depth, packed.data() + k * depth * width,
-        products.data() + k / panels * tiles * columns + k % panels * width, tiles, depth, columns);
-  for (int64_t t = 0; t < tiles; ++t)
-    winograd_transform_output(products.data() + t * columns, tiles * columns, shape, t,
-                              epilogue.asked(), results.positions(), 0);
+    winograd_multiply_panel(inputs.data() + k / panels * tiles * depth,
+                            packed.data() + k * depth * width,
+                            products.data() + k / panels * tiles * columns + k % panels * width,
+                            tiles, depth, blocks, columns);
+  for (int64_t t = 0; t < tiles; ++t) {
+    Exact<float> sums(kTileOut * kTileOut * columns);
+    std::fill_n(sums.data(), sums.size(), 0.f);
+    if (found) winograd_add_outliers(image.read(), 0, shape, t, plain.data(), columns, sums.data());
+    winograd_transform_output(products.data() + t * columns, tiles * columns,
+                              found ? sums.data() : nullptr, columns, shape, t, epilogue.asked(),
+                              results.positions(), 0);
+  }
   compare(results, image, weight, kernel, stride, padding, epilogue, sizeof(T) == 4 ? 1e-3 : 2e-1,
           "Winograd's convolution");
 }

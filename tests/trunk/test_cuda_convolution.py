@@ -5,6 +5,7 @@ What a GPU alone can show (that cuDNN has the engines, and speed) is in tests/ke
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterator
 
 import pytest
@@ -13,7 +14,7 @@ from parity import image_pair, trunk_weights
 from torch import Tensor
 
 import lpips_fast
-from lpips_fast import kernels
+from lpips_fast import kernels, routes
 from lpips_fast.trunk import cuda_convolution, fire, slices
 from lpips_fast.trunk.convolution import Convolution
 from lpips_fast.trunk.cuda_convolution import CHOICES, convolve, describe_choices
@@ -387,6 +388,40 @@ def test_whole_model(device, net, engine, monkeypatch):
     (value, grad), (expected, expected_grad) = outcomes
     assert error(value, expected.double()) < 1e-5
     assert error(grad, expected_grad.double()) < 1e-4
+
+
+@pytest.mark.parametrize("spatial", [False, True], ids=["averaged", "map"])
+def test_calls_of_a_training_step(device, spatial, monkeypatch):
+    """AlexNet: one scaling, every convolution once for both images, one tap gradient a layer."""
+    monkeypatch.setattr(slices, "_backend", lambda x: cuda_convolution)
+    monkeypatch.setattr(routes, "_one_batch_below", lambda x: routes._ONE_BATCH_ON_CUDA)
+    weights = trunk_weights("alex")
+    model = lpips_fast.LPIPS(weights=weights, spatial=spatial, verbose=False)
+    model.requires_grad_(False)
+    in0, in1 = image_pair(2, 160, 170, torch.float32, seed=0)  # beyond what is small on the CPU
+    in0.requires_grad_()
+    model(in0, in1).sum().backward()  # tries the convolutions
+    assert {shape[0] for _, shape in CHOICES} == {4}
+    device.calls()
+    in0.grad = None
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profile:
+        model(in0, in1).sum().backward()
+    calls = Counter(event.name for event in profile.events())
+    ours = {
+        name.removeprefix("lpips_fast::"): count
+        for name, count in calls.items()
+        if name.startswith("lpips_fast::")
+    }
+    ours.pop("receptive_fields", None)  # of the CPU alone
+    assert ours == {
+        **{"scale_images": 1, "max_pool2d": 2, "max_pool2d_backward": 2, "bias_relu_": 1},
+        **{"distance_map" if spatial else "distance": 5, "tap_backward": 5},
+    }
+    # The first slice's convolution keeps NaN, and so goes in two passes.
+    assert device.calls() == (4, 1)
+    assert calls["aten::convolution_backward"] == 5
+    # The gradients meet in tap_backward; a ReLU between two taps would be one more, and has none.
+    assert calls["aten::cat"] == 0 and calls["aten::threshold_backward"] == 0
 
 
 def test_off_in_the_environment(run_python):

@@ -178,3 +178,18 @@ def test_a_weight_changed_before_backward_raises_as_in_torch():
     fast.parameters[0].add_(1)
     with pytest.raises(RuntimeError, match="modified by an inplace operation"):
         y.sum().backward()
+
+
+@pytest.mark.parametrize("net", ["alex", "squeeze"])
+def test_the_same_memory_read_in_another_order(net):
+    """By ``p.data = …``: same tensor, address, version and bytes, and yet another weight."""
+    trunk = Trunk(net, trunk_weights(net))
+    for number in (2, 3):
+        (fast,) = trunk.fast_slices(torch.device("cpu"), torch.float32)[number - 1 : number]
+        assert isinstance(fast, FastSlice)
+        x = images(net, number)
+        slice_tap(fast, x)
+        for weight in fast.parameters[::2]:
+            shape = [weight.shape[k] for k in (0, 2, 3, 1)]
+            weight.data = weight.data.view(shape).permute(0, 3, 1, 2)
+        assert error(slice_tap(fast, x), exactly(fast, x)) < 6e-6

@@ -1,0 +1,273 @@
+"""How far from exact arithmetic: ties, photographs, tiny differences, half precision, outliers.
+
+``python benchmarks/numerics.py`` writes the tables of docs/numerics.md, of the real trunks, beside
+the unmodified ``lpips`` 0.1.4 with the same weights. ``--only ties`` and the like measure one
+table and print it.
+"""
+
+from __future__ import annotations
+
+import argparse
+import copy
+import itertools
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+import lpips_fast
+from lpips_fast.kernels.max_pool import receivers
+from lpips_fast.trunk.receptive_fields import receptive_fields
+from lpips_fast.trunk.slices import slice_layers
+
+REPOSITORY = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(REPOSITORY / "tests"))
+
+import contenders  # noqa: E402
+import parity  # noqa: E402
+from exact_ties import exact, flat_images, image_gradient, windows  # noqa: E402
+
+PAGE = REPOSITORY / "docs" / "numerics.md"
+NETS = ("alex", "squeeze", "vgg")
+TRUNKS = {"alex": "AlexNet", "squeeze": "SqueezeNet", "vgg": "VGG16"}
+CROP, CROPS = 64, 102
+
+
+def ours(net: str, **options) -> lpips_fast.LPIPS:
+    return lpips_fast.LPIPS(net=net, verbose=False, **options).requires_grad_(False)
+
+
+def theirs(net: str, **options: bool) -> nn.Module:
+    spatial = options.get("spatial", False)
+    reference = contenders.build_other("lpips", net, torch.device("cpu"), spatial)
+    reference.load_state_dict(ours(net).state_dict())
+    return reference.requires_grad_(False)
+
+
+def target_image(size: int) -> Tensor:
+    return parity.image_pair(1, size, size, torch.float32, 7)[1]
+
+
+def table(head: list[str], rows: list[list[str]]) -> str:
+    lines = [head, ["---"] + ["---:"] * (len(head) - 1), *rows]
+    return "\n".join("| " + " | ".join(line) + " |" for line in lines)
+
+
+# ------------------------------------------------------------------------------------- ties
+
+
+def ties() -> str:
+    head = ["image"] + [f"{TRUNKS[n]}, {w}" for n in NETS for w in ("ours", "`lpips`")]
+    rows = {name: [name] for name in flat_images()}
+    for net in NETS:
+        model, reference = ours(net), theirs(net)
+        truth_of = exact(reference)
+        for name, image in flat_images().items():
+            target = target_image(image.shape[-1])
+            truth = image_gradient(truth_of, image.double(), target.double())
+            for one in (model, reference):
+                error = parity.relative(image_gradient(one, image, target).double(), truth)
+                rows[name].append(f"{error:.1e}")
+            print(net, *rows[name], file=sys.stderr, flush=True)
+    return table(head, list(rows.values()))
+
+
+# ------------------------------------------------------------------------------ photographs
+
+
+def crops() -> Iterator[tuple[str, Tensor]]:
+    """Crops of scikit-image's photographs, places drawn by a fixed seed, in [-1, 1]."""
+    import skimage.data
+
+    names = ("astronaut", "chelsea", "coffee", "rocket", "camera", "coins")
+    generator = torch.Generator().manual_seed(1)
+    for _, name in zip(range(CROPS), itertools.cycle(names)):
+        pixels = torch.from_numpy(getattr(skimage.data, name)())
+        pixels = pixels[..., None].expand(-1, -1, 3) if pixels.dim() == 2 else pixels
+        image = pixels.permute(2, 0, 1)[None] / 127.5 - 1
+        top, left = (
+            int(torch.randint(size - CROP, (), generator=generator)) for size in image.shape[2:]
+        )
+        yield name, image[..., top : top + CROP, left : left + CROP].contiguous()
+
+
+@torch.no_grad()
+def lost_ulp(model: lpips_fast.LPIPS, reference: nn.Module, image: Tensor) -> float:
+    """The most that an index chosen by max-pooling loses, in ulp of its window's maximum.
+
+    In float64: of the features that exact arithmetic has, chosen by ours, in all windows.
+    """
+    x = model.scaling_layer(image)
+    slices = model.net.fast_slices(x.device, x.dtype)
+    keys = receptive_fields(slices, x)
+    exact_x, most = reference.scaling_layer(image.double()), 0.0
+    for number, block in enumerate(reference.net.children(), start=1):
+        layers = list(block.children())
+        if isinstance(layers[0], nn.MaxPool2d):
+            pool = layers[0]
+            y = F.max_pool2d(x, pool.kernel_size, pool.stride, ceil_mode=pool.ceil_mode)
+            index = receivers(x, y, pool.kernel_size, pool.stride, keys[number - 1][0])
+            _, pooled = windows(exact_x, pool)
+            chosen = exact_x.flatten(2).gather(2, index.flatten(2)).view_as(pooled)
+            is_live = pooled > 0
+            ulp = torch.exp2(pooled[is_live].log2().floor()) * 2.0**-23
+            if is_live.any():
+                most = max(most, ((pooled - chosen)[is_live] / ulp).max().item())
+        exact_x = block(exact_x)
+        fast = slices[number - 1]
+        assert slice_layers(model.net_name, number)
+        x = lpips_fast.trunk.slice_node.slice_tap(fast, x)
+    return most
+
+
+def photographs() -> str:
+    head = [
+        "trunk",
+        "",
+        "median",
+        "90 %",
+        "99 %",
+        "worst",
+        "crops above 1e-4",
+        "of these, lost ulp",
+    ]
+    rows = []
+    for net in NETS:
+        model, reference = ours(net), theirs(net)
+        truth_of, in_float64 = exact(reference), copy.deepcopy(reference).double()
+        target = target_image(CROP)
+        errors: dict[str, list[float]] = {"ours": [], "`lpips`": []}
+        lost: list[float] = []
+        for name, image in crops():
+            truth = image_gradient(truth_of, image.double(), target.double())
+            for who, one in zip(errors, (model, reference)):
+                gradient = image_gradient(one, image, target).double()
+                errors[who].append(parity.relative(gradient, truth))
+            if errors["ours"][-1] > 1e-4:
+                lost.append(lost_ulp(model, in_float64, image))
+            print(
+                net,
+                name,
+                *(f"{e[-1]:.1e}" for e in errors.values()),
+                lost[-1:],
+                file=sys.stderr,
+                flush=True,
+            )
+        for who, found in errors.items():
+            quantiles = [
+                f"{torch.tensor(found).quantile(q).item():.1e}" for q in (0.5, 0.9, 0.99, 1)
+            ]
+            beyond = sum(e > 1e-4 for e in found)
+            ulp = f"at most {max(lost):.1f}" if who == "ours" and lost else "" if lost else "-"
+            rows.append([TRUNKS[net], who, *quantiles, str(beyond), ulp])
+    return table(head, rows)
+
+
+# ----------------------------------------------------------------------------- tiny differences
+
+
+def tiny() -> str:
+    sizes = (1e-3, 3e-4, 1e-4, 3e-5)
+    head = ["trunk", "images", ""] + [f"{s:g}: mean, rms" for s in sizes]
+    rows = []
+    for net, smooth in itertools.product(NETS, (False, True)):
+        model, reference = ours(net), theirs(net)
+        in_float64 = copy.deepcopy(reference).double()
+        cells: dict[str, list[str]] = {"ours": [], "`lpips`": []}
+        for size in sizes:
+            errors: dict[str, list[Tensor]] = {who: [] for who in cells}
+            for seed in range(4):
+                generator = torch.Generator().manual_seed(seed)
+                coarse = torch.rand(8, 3, *((4, 4) if smooth else (8, 8)), generator=generator)
+                x = F.interpolate(coarse, size=(64, 64), mode="bicubic").clamp(0, 1) * 1.8 - 0.9
+                if not smooth:
+                    noise = torch.randn(x.shape, generator=generator)
+                    x = (x + 0.1 * noise).clamp(-0.9, 0.9)
+                y = x + size * torch.randn(x.shape, generator=generator)
+                with torch.no_grad():
+                    truth = in_float64(x.double(), y.double())
+                    for who, one in zip(errors, (model, reference)):
+                        errors[who].append((one(x, y) / truth - 1).flatten())
+            for who, found in errors.items():
+                e = torch.cat(found)
+                cells[who].append(f"{e.mean().abs():.1e}, {e.square().mean().sqrt():.1e}")
+        for who, row in cells.items():
+            rows.append([TRUNKS[net], "smooth" if smooth else "noisy", who, *row])
+            print(*rows[-1], file=sys.stderr, flush=True)
+    return table(head, rows)
+
+
+# ------------------------------------------------------------------------------- half precision
+
+
+def half() -> str:
+    weights = (1e-4, 1e-2, 1.0, 1e2, 1e4)
+    head = ["trunk", "dtype"] + [f"loss weight {w:g}" for w in weights] + ["length at 1e-4"]
+    rows = []
+    x, y = (t.repeat(2, 1, 1, 1) for t in parity.image_pair(1, 128, 128, torch.float32, 3))
+    x[1] = x[0].flip(-1)
+    for net in NETS:
+        truth = image_gradient(ours(net), x, y).flatten()
+        for dtype in (torch.float16, torch.bfloat16):
+            model, cells, lengths = ours(net, dtype=dtype), [], []
+            for weight in weights:
+                leaf = x.clone().requires_grad_()
+                (weight * model(leaf, y).sum()).backward()
+                got = leaf.grad.flatten()
+                cells.append(f"{F.cosine_similarity(got, truth, 0).item():.4f}")
+                lengths.append((got.norm() / truth.norm()).item() / weight)
+            rows.append([TRUNKS[net], str(dtype)[6:], *cells, f"{lengths[0]:.3f}"])
+            print(*rows[-1], file=sys.stderr, flush=True)
+    return table(head, rows)
+
+
+# ------------------------------------------------------------------------------------- outliers
+
+
+def outliers() -> str:
+    head = ["trunk", "value", "map, ours beside `lpips`", "beyond its reach in `lpips`"]
+    rows = []
+    for net, value in itertools.product(NETS, (1e3, 1e6, 1e9)):
+        model, reference = ours(net, spatial=True), theirs(net, spatial=True)
+        x, y = parity.image_pair(1, 128, 128, torch.float32, 3)
+        spoiled = x.clone()
+        spoiled[0, 1, 31, 42] = value
+        with torch.no_grad():
+            got, expected, without = model(spoiled, y), reference(spoiled, y), reference(x, y)
+        difference = (got - expected).abs()
+        untouched = (expected - without).abs() < 1e-6 * without.abs().max()
+        beyond = difference[untouched].max().item() if untouched.any() else 0.0
+        rows.append([TRUNKS[net], f"{value:g}", f"{difference.max().item():.1e}", f"{beyond:.1e}"])
+        print(*rows[-1], file=sys.stderr, flush=True)
+    return table(head, rows)
+
+
+TABLES: dict[str, Callable[[], str]] = {
+    "ties": ties,
+    "photographs": photographs,
+    "tiny": tiny,
+    "half": half,
+    "outliers": outliers,
+}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--only", choices=TABLES, nargs="+", default=list(TABLES))
+    parser.add_argument("--page", type=Path, default=PAGE, help="whose tables are replaced")
+    arguments = parser.parse_args()
+    for name in arguments.only:
+        found = TABLES[name]()
+        print(found)
+        page = arguments.page.read_text()
+        start, end = f"<!-- generated by benchmarks/numerics.py: {name} -->", "<!-- end -->"
+        before, after = page.split(start)
+        after = after[after.index(end) :]
+        arguments.page.write_text(f"{before}{start}\n\n{found}\n\n{after}")
+
+
+if __name__ == "__main__":
+    main()
