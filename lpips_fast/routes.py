@@ -328,7 +328,7 @@ def channel_weights(
 
 def _without_inference(x: Tensor | Features) -> Tensor | Features:
     """Features that were encoded under inference_mode, as autograd can save them: a copy."""
-    if isinstance(x, Tensor) or not torch.is_grad_enabled():
+    if isinstance(x, Tensor) or not torch.is_grad_enabled() or torch.compiler.is_compiling():
         return x
     if not any(tap.is_inference() for tap in x.taps):
         return x

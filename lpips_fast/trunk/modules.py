@@ -141,6 +141,11 @@ class Trunk(nn.Module):
                     held = [slice_tap(by_hand, held, of_slice)]
             else:
                 called = True
+                if not held[0].is_meta and any(p.is_meta for p in block.parameters()):
+                    raise RuntimeError(
+                        f"slice{layer + 1} has weights on the meta device, which hold no numbers; "
+                        "load them (load_state_dict with assign=True) before the model is called"
+                    )
                 if isinstance(by_hand, Fault) and by_hand is not LEARNS:
                     # As in lpips, for whoever looks into a slice that was changed.
                     held = [held.pop().contiguous()]

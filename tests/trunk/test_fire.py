@@ -136,9 +136,15 @@ def test_nan_and_infinity_do_not_get_lost(winograd):
         assert y[0, :, 14:, 14:].isfinite().all()
 
 
-@pytest.mark.parametrize("shape", [(0, 8, 5, 5), (2, 8, 0, 5)], ids=str)
-def test_nothing_at_all(shape):
+def test_no_rows():
     module = FireModule(8, 4, 16).requires_grad_(False)
+    with pytest.raises(RuntimeError, match="at least one channel, row and column"):
+        OPS.fire(torch.empty(2, 8, 0, 5), *packed(module, False))
+
+
+def test_nothing_at_all():
+    module = FireModule(8, 4, 16).requires_grad_(False)
+    shape = (0, 8, 5, 5)
     x = torch.empty(shape)
     squeezed, y = OPS.fire(x, *packed(module, False))
     assert y.shape == (shape[0], 32, *shape[2:])
