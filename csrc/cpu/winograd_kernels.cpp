@@ -299,11 +299,15 @@ void winograd_add_outliers(const Positions<const scalar_t>& images, int64_t n,
   const int64_t top = tile / shape.tile_columns() * kTileOut;
   const int64_t left = tile % shape.tile_columns() * kTileOut;
   const auto add = [&](int64_t i, int64_t j, int64_t depth, float value) {
+    const int64_t in_block = depth / shape.in_channels;
+    const int64_t r = in_block / shape.stride, q = in_block % shape.stride;
     // At place (i, j) of the tile: results up to kernel - 1 rows and columns before it.
     for (int64_t h = std::max<int64_t>(0, i - shape.kernel + 1); h <= std::min(i, kTileOut - 1);
          ++h) {
       for (int64_t w = std::max<int64_t>(0, j - shape.kernel + 1); w <= std::min(j, kTileOut - 1);
            ++w) {
+        if ((i - h) * shape.stride + r >= shape.extent || (j - w) * shape.stride + q >= shape.extent)
+          continue;  // a weight that is none: 0, which times infinity is NaN
         const int64_t tap = (i - h) * shape.kernel + j - w;
         float* to = sums + (h * kTileOut + w) * columns;
         const float* from = weights + (tap * columns * shape.depth()) + depth * width;

@@ -65,6 +65,7 @@ struct WinogradImage {
   int64_t stride;
   int64_t padding;  // rows and columns of zeros before the first
   int64_t kernel;   // 3 or 5, of blocks
+  int64_t extent;   // of the kernel in positions: of the last blocks a part may be left out
 
   int64_t row_of_block() const { return stride * in_channels; }
   int64_t depth() const { return stride * row_of_block(); }  // channels of a block

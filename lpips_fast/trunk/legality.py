@@ -65,6 +65,12 @@ class FastSlice:
     net: str
     number: int  # from 1
     parameters: tuple[Tensor, ...]
+    flagged: bool = False  # images that hold NaN are known, and need not show in the tap
+
+    @property
+    def keep_nan(self) -> bool:
+        """Whether NaN comes through on CUDA: by the first slice one in an image reaches the tap."""
+        return self.number == 1 and not self.flagged
 
 
 class Template:
