@@ -116,7 +116,7 @@ def test_an_image_has_the_same_bits_in_any_batch_and_with_any_threads():
 @pytest.mark.parametrize("scale", [1e-30, 1e-12, 1e12, 1e30])
 def test_magnitudes(scale):
     module = FireModule(8, 4, 16).requires_grad_(False)
-    for conv in module.children():
+    for conv in (module.squeeze, module.expand1x1, module.expand3x3):
         conv.bias.zero_()
     x = some_images(1, 8, 6, 7)
     _, expected = OPS.fire(x, *packed(module, False))
@@ -136,12 +136,11 @@ def test_nan_and_infinity_do_not_get_lost(winograd):
         assert y[0, :, 14:, 14:].isfinite().all()
 
 
-@pytest.mark.parametrize("shape", [(0, 8, 5, 5), (2, 8, 0, 5)], ids=str)
-def test_nothing_at_all(shape):
+def test_nothing_at_all():
     module = FireModule(8, 4, 16).requires_grad_(False)
-    x = torch.empty(shape)
+    x = torch.empty(0, 8, 5, 5)
     squeezed, y = OPS.fire(x, *packed(module, False))
-    assert y.shape == (shape[0], 32, *shape[2:])
+    assert y.shape == (0, 32, 5, 5)
     grad = OPS.fire_backward(y, x, squeezed, *packed_gradients(module, False), True, False)
     assert grad.shape == x.shape
 
@@ -151,10 +150,11 @@ def test_nothing_at_all(shape):
     [
         (lambda x, p: OPS.fire(x.double(), *p), "float32 images"),
         (lambda x, p: OPS.fire(x[0], *p), "float32 images"),
+        (lambda x, p: OPS.fire(x[:, :, :0], *p), "at least one channel, row and column"),
         (lambda x, p: OPS.fire(x[:, :7], *p), "not packed for these channels"),
         (lambda x, p: OPS.fire(x, *p[:-1], True), "not packed for these channels"),
-        (lambda x, p: OPS.fire(x, *p[:5], p[5][:-1], False), "as many channels"),
-        (lambda x, p: OPS.fire(x, p[0], p[1].double(), *p[2:]), "float32 biases"),
+        (lambda x, p: OPS.fire(x, *p[:5], p[5][:-1], False), "float32 bias of 16 channels"),
+        (lambda x, p: OPS.fire(x, p[0], p[1].double(), *p[2:]), "float32 bias of 4 channels"),
         (
             lambda x, p: OPS.fire_backward(x, x, x, p[0], p[2], p[4], True, False),
             "do not belong together",
