@@ -147,7 +147,7 @@ def test_nothing_at_all():
     shape = (0, 8, 5, 5)
     x = torch.empty(shape)
     squeezed, y = OPS.fire(x, *packed(module, False))
-    assert y.shape == (shape[0], 32, *shape[2:])
+    assert y.shape == (0, 32, 5, 5)
     grad = OPS.fire_backward(y, x, squeezed, *packed_gradients(module, False), True, False)
     assert grad.shape == x.shape
 
@@ -157,6 +157,7 @@ def test_nothing_at_all():
     [
         (lambda x, p: OPS.fire(x.double(), *p), "float32 images"),
         (lambda x, p: OPS.fire(x[0], *p), "float32 images"),
+        (lambda x, p: OPS.fire(x[:, :, :0], *p), "at least one channel, row and column"),
         (lambda x, p: OPS.fire(x[:, :7], *p), "not packed for these channels"),
         (lambda x, p: OPS.fire(x, *p[:-1], True), "not packed for these channels"),
         (lambda x, p: OPS.fire(x, *p[:5], p[5][:-1], False), "bias of 16 channels"),
