@@ -250,6 +250,22 @@ def fast_slice(
     return FastSlice(net, number, tuple(found)) if fault is None else fault
 
 
+def takes(fast: FastSlice, x: Tensor) -> bool:
+    """Whether ``x`` is what a slice as built hands on, and not what a changed one made."""
+    if not kernels.is_eager():
+        return True
+    weight = next(p for p in fast.parameters if p.dim() == 4)
+    autocast = kernels.autocast_dtype(weight.device) is not None
+    return (
+        (type(x) is Tensor or type(x) is nn.Parameter)
+        and x.dim() == 4
+        and x.device == weight.device
+        and (x.dtype == weight.dtype or (autocast and x.dtype in CPU_DTYPES | set(CUDA_DTYPES)))
+        and x.shape[1] == weight.shape[1]
+        and x.numel() > 0
+    )
+
+
 @functools.cache
 def _slices_template(net: str) -> tuple[tuple[Template, ...], tuple[int, ...]]:
     """Of every slice its template, and how many parameters it has."""

@@ -116,7 +116,7 @@ def test_an_image_has_the_same_bits_in_any_batch_and_with_any_threads():
 @pytest.mark.parametrize("scale", [1e-30, 1e-12, 1e12, 1e30])
 def test_magnitudes(scale):
     module = FireModule(8, 4, 16).requires_grad_(False)
-    for conv in module.children():
+    for conv in (module.squeeze, module.expand1x1, module.expand3x3):
         conv.bias.zero_()
     x = some_images(1, 8, 6, 7)
     _, expected = OPS.fire(x, *packed(module, False))
@@ -153,8 +153,8 @@ def test_nothing_at_all(shape):
         (lambda x, p: OPS.fire(x[0], *p), "float32 images"),
         (lambda x, p: OPS.fire(x[:, :7], *p), "not packed for these channels"),
         (lambda x, p: OPS.fire(x, *p[:-1], True), "not packed for these channels"),
-        (lambda x, p: OPS.fire(x, *p[:5], p[5][:-1], False), "as many channels"),
-        (lambda x, p: OPS.fire(x, p[0], p[1].double(), *p[2:]), "float32 biases"),
+        (lambda x, p: OPS.fire(x, *p[:5], p[5][:-1], False), "bias of 16 channels"),
+        (lambda x, p: OPS.fire(x, p[0], p[1].double(), *p[2:]), "float32 bias of 4 channels"),
         (
             lambda x, p: OPS.fire_backward(x, x, x, p[0], p[2], p[4], True, False),
             "do not belong together",

@@ -434,7 +434,7 @@ def finalizers() -> list[Any]:
 
 def test_tensors_are_free_to_be_swapped():
     """``torch.__future__.set_swap_module_params_on_conversion`` swaps none that has a weak ref."""
-    model = LPIPS(weights=trunk_weights("alex"), verbose=False)
+    model = LPIPS(weights=trunk_weights("alex"), verbose=False).requires_grad_(False)
     image, target = image_pair(1, 64, 64, torch.float32, 0)
     expected = model(image, target)
     before = torch.__future__.get_swap_module_params_on_conversion()
@@ -456,7 +456,8 @@ def test_packed_copies_are_no_part_of_the_module():
     model = LPIPS(weights=trunk_weights("alex"), verbose=False)
     keys, size = list(model.state_dict()), len(pickle.dumps(model))
     model(*image_pair(1, 64, 64, torch.float32, 0))
-    assert list(model.state_dict()) == keys and len(pickle.dumps(model)) == size
+    # What a notice has seen takes a byte or two.
+    assert list(model.state_dict()) == keys and abs(len(pickle.dumps(model)) - size) < 100
     assert all(p.is_contiguous() for p in model.parameters())
 
 
