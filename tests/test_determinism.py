@@ -53,7 +53,7 @@ def test_threads(build, threads, size):
     model, pair = build(torch.float32), image_pair(2, *size, torch.float32, 1)
     threads(1)
     expected = value_and_gradient(model, *pair)
-    for count in (2, 3, 7, 16):
+    for count in (3, 16) if model.net_name == "vgg" else (2, 3, 7, 12, 16):
         threads(count)
         assert_same(value_and_gradient(model, *pair), expected)
         with torch.no_grad():
