@@ -6,6 +6,7 @@ module that it is.
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -18,7 +19,7 @@ from torch import Tensor, nn
 from . import kernels
 from .features import Features
 from .linear import NetLinLayer, drops
-from .scaling import ScalingLayer, scaled_batch, scaled_pair
+from .scaling import ScalingLayer, scaled_batch, scaled_batch_and_flags, scaled_pair
 from .trunk import TRUNKS, Trunk, compiled, tap_channels
 from .trunk.detached import call_detached
 from .trunk.legality import (
@@ -50,6 +51,7 @@ class Call:
         scales: whether the scaling layer is as built, so that one kernel stands for it.
         linear: whether the linear layers are weights a channel, which the kernels take.
         weights: by layer, what stands for its linear weights in this call.
+        flags: where :meth:`scaled` leaves those of the images; ``None``: it makes none.
     """
 
     model: LPIPS
@@ -58,6 +60,7 @@ class Call:
     scales: bool
     linear: bool
     weights: Mapping[int, Tensor] = field(default_factory=dict)
+    flags: list[Tensor] | None = None
 
     @property
     def is_as_built(self) -> bool:
@@ -73,7 +76,12 @@ class Call:
         model = self.model
         if self.scales:
             dtype = model.dtype or model.scaling_layer.shift.dtype
-            return scaled_batch(model.scaling_layer, images, self.unit_range, dtype, model.version)
+            arguments = (model.scaling_layer, images, self.unit_range, dtype, model.version)
+            if self.flags is None:
+                return scaled_batch(*arguments)
+            batch, flags = scaled_batch_and_flags(*arguments)
+            self.flags.append(flags)
+            return batch
         together = images[0] if len(images) == 1 else torch.cat(tuple(images))
         if self.unit_range:
             together = 2 * together - 1
@@ -87,14 +95,25 @@ class Call:
         """
         model = self.model
         dtype = model.dtype or model.scaling_layer.shift.dtype
-        return scaled_pair(
-            model.scaling_layer, images, target, self.unit_range, dtype, model.version
-        )
+        arguments = (model.scaling_layer, images, target, self.unit_range, dtype, model.version)
+        x, both, flags = scaled_pair(*arguments, flagged=self.flags is not None)
+        if self.flags is not None and flags is not None:
+            self.flags.append(flags)
+        return x, both
+
+    def with_flags(self) -> Call:
+        """The same call, whose scaling flags images that are not finite, on CUDA; as built."""
+        assert self.by_hand is not None
+        by_hand = [
+            dataclasses.replace(s, flagged=True) if isinstance(s, FastSlice) else s
+            for s in self.by_hand
+        ]
+        return dataclasses.replace(self, by_hand=by_hand, flags=[])
 
     def taps(self, images: Sequence[Tensor]) -> Iterator[Tensor]:
         """The compared taps of batches of images one behind the other, layer by layer."""
         model = self.model
-        if trunk_fault(model.net) is not None:
+        if _is_called_whole(model.net):
             outputs = run(model, model.net, self.scaled(images))
             return iter([outputs[k] for k in model.layers])
         return model.net.taps(
@@ -237,6 +256,13 @@ _TRUNK_ATTRIBUTES = frozenset(nn.Module().__dict__) | {"net_name", "N_slices", "
 def trunk_fault(net: nn.Module) -> Fault | None:
     """Why the trunk is called whole: replaced, or somebody waits for it to be called."""
     return own_fault(net, Trunk, _TRUNK_ATTRIBUTES) or _class_fault(Trunk)
+
+
+def _is_called_whole(net: nn.Module) -> bool:
+    """:func:`trunk_fault` in terms that torch.compile turns into guards, too."""
+    if kernels.is_compiling():
+        return type(net) is not Trunk or compiled.is_watched(net)
+    return trunk_fault(net) is not None
 
 
 @functools.cache

@@ -22,9 +22,10 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-# Of the gradient to a distance, over the layer's positions. The largest gradient to a feature is
-# then at most 2^10 in photographs and flat images, and float16 ends at 2^16; between trunk and
-# images they span 2^-9 to 1 of it in the median (docs/numerics.md).
+# Of the gradient to a distance, over the layer's positions: it comes to this or up to twice as
+# much. The largest gradients to features and images are 0.7 times that in photographs and flat
+# images, and float16 ends at 2^16; the medians of layers are 2^-9 of it, of nearly equal images
+# 2^-18.
 _TARGET = 2.0**10
 _SMALLEST = 2.0**-96  # number that is scaled so far: the power shall be a float32, too
 
@@ -86,7 +87,7 @@ class _Leave(torch.autograd.Function):
 
 
 def _power_of_two(largest: Sequence[Tensor]) -> Tensor:
-    """By which the largest number comes to _TARGET or half of it; 1 for zero, NaN and infinity."""
+    """By which the largest number comes to _TARGET or up to twice it; 1 for zero, NaN, infinity."""
     most = torch.stack(list(largest)).amax()
     # The exponent alone: of infinity and NaN it is infinity, of zero and subnormal numbers zero.
     below = (most.view(torch.int32) & 0x7F800000).view(torch.float32)

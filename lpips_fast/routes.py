@@ -110,9 +110,45 @@ def _with_scaled_gradients(
 
 
 def _layers(call: Call, in0: Tensor | Features, in1: Tensor | Features) -> list[Tensor]:
-    """The way that is taken, and why."""
+    """By the way that is taken; NaN where an image is not finite."""
     in0, in1 = (_without_inference(x) for x in (in0, in1))
-    graphs = [_needs_graph(call, x) for x in (in0, in1)]
+    graphs = (_needs_graph(call, in0), _needs_graph(call, in1))
+    if not (isinstance(in0, Tensor) and isinstance(in1, Tensor) and _flags_images(call, in0)):
+        return _by_way(call, in0, in1, graphs)
+    call = call.with_flags()
+    layers = _by_way(call, in0, in1, graphs)
+    assert call.flags is not None
+    # In the order in which they are scaled; what comes behind is one of them again.
+    sizes = [len(in0), len(in1)] if graphs != (False, True) else [len(in1), len(in0)]
+    flags = call.flags[0] if len(call.flags) == 1 else torch.cat(call.flags)
+    one, other = flags[: sum(sizes)].split(sizes)
+    flags = (one + other).view(-1, 1, 1, 1)
+    together = torch.stack(layers)
+    # Not a sum: so the gradient is NaN, too.
+    return list(torch.addcmul(together, together, flags.to(together.dtype)).unbind())
+
+
+def _flags_images(call: Call, image: Tensor) -> bool:
+    """Whether scaling says which images are not finite, so that NaN need not come by the first tap.
+
+    A map is NaN where the image is, and so takes it from the tap.
+    """
+    return (
+        image.is_cuda and call.is_as_built and not call.model.spatial and not kernels.is_compiling()
+    )
+
+
+def _by_way(
+    call: Call,
+    in0: Tensor | Features,
+    in1: Tensor | Features,
+    graphs: tuple[bool, bool],
+) -> list[Tensor]:
+    """The way that is taken, and why.
+
+    Args:
+        graphs: whether each of both needs one.
+    """
     if isinstance(in0, Tensor) and isinstance(in1, Tensor):
         check_same_size(size_of(in0), size_of(in1))
         if not call.is_as_built:
@@ -292,7 +328,7 @@ def channel_weights(
 
 def _without_inference(x: Tensor | Features) -> Tensor | Features:
     """Features that were encoded under inference_mode, as autograd can save them: a copy."""
-    if isinstance(x, Tensor) or not torch.is_grad_enabled():
+    if isinstance(x, Tensor) or not torch.is_grad_enabled() or torch.compiler.is_compiling():
         return x
     if not any(tap.is_inference() for tap in x.taps):
         return x

@@ -50,6 +50,21 @@ def scaled_batch(
         return torch.ops.lpips_fast.scale_images(list(images), shift, scale, unit_range, dtype)
 
 
+def scaled_batch_and_flags(
+    layer: ScalingLayer,
+    images: Sequence[Tensor],
+    unit_range: bool,
+    dtype: torch.dtype,
+    version: str = "0.1",
+) -> tuple[Tensor, Tensor]:
+    """:func:`scaled_batch` on CUDA, and (sum of N_k,): 0, or NaN of images that are not finite.
+
+    A NaN in an image, or infinity, is lost in cuDNN's fused convolutions.
+    """
+    shift, scale = _shift_and_scale(layer, version)
+    return torch.ops.lpips_fast.scale_images_flagged(list(images), shift, scale, unit_range, dtype)
+
+
 def scaled_pair(
     layer: ScalingLayer,
     images: Tensor,
@@ -57,14 +72,19 @@ def scaled_pair(
     unit_range: bool,
     dtype: torch.dtype,
     version: str = "0.1",
-) -> tuple[Tensor, Tensor]:
+    flagged: bool = False,
+) -> tuple[Tensor, Tensor, Tensor | None]:
     """:func:`scaled_batch` of images that want a gradient and of a target that wants none.
 
+    Args:
+        flagged: on CUDA: with the flags of both.
+
     Returns:
-        The scaled images, with a graph, and without one both behind each other, in the same memory.
+        The scaled images, with a graph; without one both behind each other, in the same memory; and
+        their flags, as :func:`scaled_batch_and_flags` has them, or ``None``.
     """
     shift, scale = _shift_and_scale(layer, version)
-    return _ScaledPair.apply(images, target.detach(), shift, scale, unit_range, dtype)
+    return _ScaledPair.apply(images, target.detach(), shift, scale, unit_range, dtype, flagged)
 
 
 def _shift_and_scale(layer: ScalingLayer, version: str) -> tuple[Tensor, Tensor]:
@@ -85,17 +105,24 @@ class _ScaledPair(torch.autograd.Function):
         scale: Tensor,
         unit_range: bool,
         dtype: torch.dtype,
-    ) -> tuple[Tensor, Tensor]:
-        both = torch.ops.lpips_fast.scale_images([images, target], shift, scale, unit_range, dtype)
-        ctx.mark_non_differentiable(both)
+        flagged: bool,
+    ) -> tuple[Tensor, Tensor, Tensor | None]:
+        operators, arguments = torch.ops.lpips_fast, (shift, scale, unit_range, dtype)
+        flags = None
+        if flagged:
+            both, flags = operators.scale_images_flagged([images, target], *arguments)
+            ctx.mark_non_differentiable(both, flags)
+        else:
+            both = operators.scale_images([images, target], *arguments)
+            ctx.mark_non_differentiable(both)
         ctx.set_materialize_grads(False)
         ctx.save_for_backward(scale / 2 if unit_range else scale)
         ctx.dtype = images.dtype
-        return both[: len(images)], both
+        return both[: len(images)], both, flags
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor | None, _: Any) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+    def backward(ctx: Any, grad: Tensor | None, *_: Any) -> tuple[Tensor | None, ...]:  # type: ignore[override]
         if grad is None:
-            return (None,) * 6
+            return (None,) * 7
         (scale,) = ctx.saved_tensors
-        return (grad.to(ctx.dtype) / scale.to(ctx.dtype), *(None,) * 5)
+        return (grad.to(ctx.dtype) / scale.to(ctx.dtype), *(None,) * 6)

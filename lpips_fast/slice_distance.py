@@ -19,7 +19,7 @@ from . import composed, kernels
 from .composed import EPS
 from .trunk.compiled import made_like
 from .trunk.legality import FastSlice
-from .trunk.slice_node import as_images, is_transformed, keeps_nan
+from .trunk.slice_node import as_images, is_transformed
 from .trunk.slices import input_gradient, plain, record, slice_layers
 
 
@@ -46,9 +46,7 @@ def slice_distance(
     x = as_images(x)
     if kernels.is_compiling():
         return _compiled(fast, x, target, weight, spatial, keys)
-    return _SliceDistance.apply(
-        x, weight, target, spatial, fast.net, fast.number, keys, *fast.parameters
-    )
+    return _SliceDistance.apply(x, weight, target, spatial, fast, keys, *fast.parameters)
 
 
 def _distance(tap: Tensor, target: Tensor, weight: Tensor, spatial: bool) -> Tensor:
@@ -67,18 +65,17 @@ class _SliceDistance(torch.autograd.Function):
         weight: Tensor,
         target: Tensor | list[Tensor],
         spatial: bool,
-        net: str,
-        number: int,
+        fast: FastSlice,
         keys: Sequence[Tensor],
         *parameters: Tensor,
     ) -> tuple[Tensor, Tensor]:
-        layers = slice_layers(net, number)
+        layers = slice_layers(fast.net, fast.number)
         if isinstance(target, list):
-            of_both = record(layers, parameters, target.pop(), keeps_nan(number))
+            of_both = record(layers, parameters, target.pop(), fast.keep_nan)
             target.append(of_both[-1])
             made, target = [m[: len(x)] for m in of_both], of_both[-1][len(x) :]
         else:
-            made = record(layers, parameters, x, keeps_nan(number))
+            made = record(layers, parameters, x, fast.keep_nan)
         ctx.set_materialize_grads(False)
         ctx.save_for_backward(x, weight, target, *made, *parameters)
         ctx.layers, ctx.spatial, ctx.made, ctx.keys = layers, spatial, len(made), keys
@@ -91,7 +88,7 @@ class _SliceDistance(torch.autograd.Function):
         x, weight, target, *rest = ctx.saved_tensors
         made, parameters = rest[: ctx.made], rest[ctx.made :]
         needs_x, needs_weight = ctx.needs_input_grad[:2]
-        none = (None,) * (5 + len(parameters))
+        none = (None,) * (4 + len(parameters))
         if torch.is_grad_enabled() or is_transformed(grad_tap, grad_distance):
             both = _plain_gradients(ctx, x, weight, target, parameters, grad_tap, grad_distance)
             return (*both, *none)
@@ -192,7 +189,7 @@ def _slice_distance(
     spatial: bool,
 ) -> list[Tensor]:
     """The distance, then what every layer of the slice made, the tap last."""
-    made = record(slice_layers(net, number), parameters, as_images(x), keeps_nan(number))
+    made = record(slice_layers(net, number), parameters, as_images(x), number == 1)
     return [_distance(made[-1], target, weight, spatial), *made]
 
 

@@ -42,10 +42,23 @@ def compiler() -> str:
     return found
 
 
-def run(command: list[str], **environment: str) -> None:
-    done = subprocess.run(command, cwd=REPOSITORY, env={**os.environ, **environment})
+def run(
+    command: list[str],
+    environment: dict[str, str] | None = None,
+    is_quiet: bool = False,
+    folder: Path = REPOSITORY,
+) -> None:
+    """Runs a command to its end, or ends the run with it; a quiet one speaks when it fails."""
+    done = subprocess.run(
+        command,
+        cwd=folder,
+        env={**os.environ, **(environment or {})},
+        stdout=subprocess.PIPE if is_quiet else None,
+        stderr=subprocess.STDOUT if is_quiet else None,
+        text=True,
+    )
     if done.returncode != 0:
-        sys.exit(1)
+        sys.exit(f"{done.stdout or ''}\nexit code {done.returncode}: {' '.join(command)}")
 
 
 def compile_drivers(jobs: int) -> list[Path]:
@@ -83,28 +96,40 @@ def build_extension(jobs: int) -> Path:
     package = BUILD / "package"
     command = [sys.executable, "setup.py", "--quiet", "build"]
     command += ["--build-base", str(BUILD / "base"), "--build-lib", str(package)]
-    run(command, LPIPS_FAST_SANITIZE="1", LPIPS_FAST_CUDA="0", MAX_JOBS=str(jobs))
+    settings = {"LPIPS_FAST_SANITIZE": "1", "LPIPS_FAST_CUDA": "0", "MAX_JOBS": str(jobs)}
+    run(command, settings, is_quiet=True)
     return package
 
 
 def run_tests(package: Path, tests: list[str]) -> None:
     """pytest on the package under the sanitizers, whose runtime Python itself does not have."""
-    find = [compiler(), "-print-file-name=libasan.so"]
-    runtime = subprocess.run(find, capture_output=True, text=True, check=True).stdout.strip()
+    # And the C++ library, before which the runtime cannot catch exceptions.
+    finds = [[compiler(), f"-print-file-name={name}"] for name in ("libasan.so", "libstdc++.so")]
+    runtime = " ".join(
+        subprocess.run(find, capture_output=True, text=True, check=True).stdout.strip()
+        for find in finds
+    )
     options = {
         "detect_leaks": "0",  # Python's and torch's own, of the whole process
         "allocator_may_return_null": "1",  # an absurd size is refused, as without the sanitizer
         "max_allocation_size_mb": "3072",
         "abort_on_error": "0",
     }
-    run(
-        [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", *tests],
-        LD_PRELOAD=runtime,
-        ASAN_OPTIONS=":".join(f"{key}={value}" for key, value in options.items()),
-        UBSAN_OPTIONS="print_stacktrace=1",
-        PYTHONPATH=str(package),
-        LPIPS_FAST_SANITIZED="1",
-    )
+    environment = {
+        "LD_PRELOAD": runtime,
+        "ASAN_OPTIONS": ":".join(f"{key}={value}" for key, value in options.items()),
+        "UBSAN_OPTIONS": "print_stacktrace=1",
+        "PYTHONPATH": str(package),
+    }
+    # From another folder than the repository's, whose package would be found first.
+    is_ours = f"import lpips_fast, pathlib; assert pathlib.Path({str(package)!r}) in "
+    is_ours += "pathlib.Path(lpips_fast.__file__).parents, lpips_fast.__file__"
+    run([sys.executable, "-c", is_ours], environment, folder=BUILD)
+    pytest = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider"]
+    pytest += ["--capture=sys"]  # what a sanitizer finds is written to the process's own output
+    pytest += ["-c", str(REPOSITORY / "pyproject.toml"), "--rootdir", str(REPOSITORY)]
+    pytest += [str(REPOSITORY / test) for test in tests]
+    run(pytest, environment, folder=BUILD)
 
 
 def main() -> None:

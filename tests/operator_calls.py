@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import random
 from collections.abc import Callable
 from typing import Any, Protocol
 
@@ -26,6 +27,19 @@ class Source(Protocol):
     def integer(self, least: int, most: int) -> int: ...
 
     def one_of(self, choices: Any) -> Any: ...
+
+
+class Seeded:
+    """Choices of a random number generator."""
+
+    def __init__(self, seed: int) -> None:
+        self.random = random.Random(seed)
+
+    def integer(self, least: int, most: int) -> int:
+        return self.random.randint(least, most)
+
+    def one_of(self, choices: Any) -> Any:
+        return self.random.choice(list(choices))
 
 
 class Draw:

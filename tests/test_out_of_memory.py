@@ -3,18 +3,16 @@
 from __future__ import annotations
 
 import ctypes
-import random
 import shutil
 import subprocess
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
 
 import parity
 import pytest
 import torch
-from operator_calls import CALLS, Draw
+from operator_calls import CALLS, Draw, Seeded
 from torch.utils import cpp_extension
 
 import lpips_fast
@@ -60,19 +58,6 @@ def allocator(tmp_path_factory: pytest.TempPathFactory) -> LimitedAllocator:
     build = subprocess.run(command, capture_output=True, text=True)
     assert build.returncode == 0, build.stderr
     return LimitedAllocator(target)
-
-
-class Seeded:
-    """Choices of a random number generator."""
-
-    def __init__(self, seed: int) -> None:
-        self.random = random.Random(seed)
-
-    def integer(self, least: int, most: int) -> int:
-        return self.random.randint(least, most)
-
-    def one_of(self, choices: Any) -> Any:
-        return self.random.choice(list(choices))
 
 
 @pytest.mark.parametrize("name", CALLS)

@@ -70,9 +70,9 @@ template <typename scalar_t>
 uint64_t key_of_pixel(const scalar_t* channels, int64_t count) {
   uint64_t h = 0;
   for (int64_t c = 0; c < count; ++c) {
-    using bits_t = std::conditional_t<
-        sizeof(scalar_t) == 2, uint16_t,
-        std::conditional_t<sizeof(scalar_t) == 4, uint32_t, uint64_t>>;
+    using bits_t =
+        std::conditional_t<sizeof(scalar_t) == 2, uint16_t,
+                           std::conditional_t<sizeof(scalar_t) == 4, uint32_t, uint64_t>>;
     bits_t bits;
     std::memcpy(&bits, channels + c, sizeof bits);
     constexpr bits_t negative_zero = bits_t(bits_t(1) << (8 * sizeof(bits_t) - 1));

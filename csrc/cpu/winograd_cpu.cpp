@@ -5,8 +5,8 @@
 #include <array>
 #include <cstdint>
 #include <optional>
-#include <vector>
 #include <utility>
+#include <vector>
 
 #include "../convolution.h"
 #include "channels_last_tensors.h"
@@ -259,7 +259,8 @@ Tensor winograd_conv2d(Tensor x, Tensor packed, std::optional<Tensor> bias, bool
                                            .in_channels = x.size(1),
                                            .stride = stride,
                                            .padding = padding,
-                                           .kernel = blocks_of_kernel},
+                                           .kernel = blocks_of_kernel,
+                                           .extent = kernel},
                                  .images = positions_of<scalar_t>(x),
                                  .weights = weights,
                                  .epilogue = {.bias = pointer_to(bias),

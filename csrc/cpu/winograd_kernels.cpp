@@ -287,8 +287,7 @@ bool winograd_has_outliers(const scalar_t* numbers, int64_t count) {
   };
   bits_t largest = 0;
   for (int64_t k = 0; k < count; ++k)
-    largest = std::max<bits_t>(
-        largest, bits_of(numbers[k]) & std::numeric_limits<bits_t>::max());
+    largest = std::max<bits_t>(largest, bits_of(numbers[k]) & std::numeric_limits<bits_t>::max());
   return largest > bits_of(static_cast<scalar_t>(kOutlierBound));
 }
 
@@ -300,11 +299,15 @@ void winograd_add_outliers(const Positions<const scalar_t>& images, int64_t n,
   const int64_t top = tile / shape.tile_columns() * kTileOut;
   const int64_t left = tile % shape.tile_columns() * kTileOut;
   const auto add = [&](int64_t i, int64_t j, int64_t depth, float value) {
+    const int64_t in_block = depth / shape.in_channels;
+    const int64_t r = in_block / shape.stride, q = in_block % shape.stride;
     // At place (i, j) of the tile: results up to kernel - 1 rows and columns before it.
     for (int64_t h = std::max<int64_t>(0, i - shape.kernel + 1); h <= std::min(i, kTileOut - 1);
          ++h) {
       for (int64_t w = std::max<int64_t>(0, j - shape.kernel + 1); w <= std::min(j, kTileOut - 1);
            ++w) {
+        if ((i - h) * shape.stride + r >= shape.extent || (j - w) * shape.stride + q >= shape.extent)
+          continue;  // a weight that is none: 0, which times infinity is NaN
         const int64_t tap = (i - h) * shape.kernel + j - w;
         float* to = sums + (h * kTileOut + w) * columns;
         const float* from = weights + (tap * columns * shape.depth()) + depth * width;
@@ -350,17 +353,16 @@ void winograd_transform_output(const float* m, int64_t stride, const float* outl
       : transform_output<8>(m, stride, outliers, columns, shape, tile, epilogue, results, n);
 }
 
-#define LPIPS_FAST_WINOGRAD_FOR(scalar_t)                                                          \
-  template void winograd_transform_input(const Positions<const scalar_t>&, int64_t,                \
-                                         const WinogradImage&, int64_t, bool, float*, int64_t);    \
-  template bool winograd_has_outliers(const scalar_t*, int64_t);                                   \
-  template void winograd_add_outliers(const Positions<const scalar_t>&, int64_t,                   \
-                                      const WinogradImage&, int64_t, const float*, int64_t,        \
-                                      float*);                                                     \
-  template void winograd_transform_output(const float*, int64_t, const float*, int64_t,            \
-                                          const WinogradImage&, int64_t,                           \
-                                          const ConvolutionEpilogue<scalar_t>&,                    \
-                                          const Positions<scalar_t>&, int64_t)
+#define LPIPS_FAST_WINOGRAD_FOR(scalar_t)                                                       \
+  template void winograd_transform_input(const Positions<const scalar_t>&, int64_t,             \
+                                         const WinogradImage&, int64_t, bool, float*, int64_t); \
+  template bool winograd_has_outliers(const scalar_t*, int64_t);                                \
+  template void winograd_add_outliers(const Positions<const scalar_t>&, int64_t,                \
+                                      const WinogradImage&, int64_t, const float*, int64_t,     \
+                                      float*);                                                  \
+  template void winograd_transform_output(                                                      \
+      const float*, int64_t, const float*, int64_t, const WinogradImage&, int64_t,              \
+      const ConvolutionEpilogue<scalar_t>&, const Positions<scalar_t>&, int64_t)
 LPIPS_FAST_WINOGRAD_FOR(float);
 LPIPS_FAST_WINOGRAD_FOR(c10::BFloat16);
 LPIPS_FAST_WINOGRAD_FOR(c10::Half);

@@ -23,10 +23,11 @@
 // (C_in + C_out) floats a tile in a cache; the transformed weights, 36 for each 9 or 64 for each
 // 25, are read once a block. winograd_cpu.cpp divides the work.
 //
-// Outliers: in the transforms, a number that is much larger than its neighbours leaves its rounding,
-// and a NaN itself, in all results of its tile, where a direct sum has it only where the kernel
-// meets it. So numbers beyond a bound are taken for zero, and what the kernel makes of them is added
-// directly: always the same sum, whose second part is empty for what images and layers hold.
+// Outliers: in the transforms, a number that is much larger than its neighbours leaves its
+// rounding, and a NaN itself, in all results of its tile, where a direct sum has it only where the
+// kernel meets it. So numbers beyond a bound are taken for zero, and what the kernel makes of them
+// is added directly: always the same sum, whose second part is empty for what images and layers
+// hold.
 //
 // Every element of a product is added up along C_in in one order. So the result at a position
 // depends on that position's neighbourhood and its place in its tile alone, to the bit: not on the
@@ -64,6 +65,7 @@ struct WinogradImage {
   int64_t stride;
   int64_t padding;  // rows and columns of zeros before the first
   int64_t kernel;   // 3 or 5, of blocks
+  int64_t extent;   // of the kernel in positions: of the last blocks a part may be left out
 
   int64_t row_of_block() const { return stride * in_channels; }
   int64_t depth() const { return stride * row_of_block(); }  // channels of a block

@@ -23,7 +23,7 @@ def check_output(output: Path, inputs: Iterable[str | os.PathLike[str]]) -> None
     for path in inputs:
         if _identity(path) == identity:
             raise CommandError(
-                f"{output} is {os.fspath(path)}, which is read: name another file to write"
+                f"{output} would overwrite {os.fspath(path)}, which is read: name another file"
             )
 
 

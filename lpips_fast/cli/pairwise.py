@@ -6,6 +6,7 @@ import argparse
 import contextlib
 import json
 import math
+import os
 import re
 import sys
 from collections.abc import Callable, Iterator
@@ -17,8 +18,16 @@ import torch
 
 from ..folders import csv_text
 from ..folders.folder_images import FolderImages, Reading
-from ..pairs.all_pairs import DEFAULT_MEMORY_LIMIT, mean_diversity, pairwise, plan
+from ..folders.ranks import Ranks
+from ..pairs.all_pairs import (
+    DEFAULT_MEMORY_LIMIT,
+    mean_diversity,
+    pairwise,
+    plan,
+    serve_pairwise,
+)
 from ..pairs.embedding import euclidean_weights
+from ..pairs.trunk_share import TrunkShare
 from ..version import __version__
 from ..weights.whole_files import appearing
 from .command import Command, CommandError, UsageError, add_json_argument, print_to, tell
@@ -93,6 +102,53 @@ def _bytes(text: str) -> int:
 
 
 def _run(options: argparse.Namespace) -> None:
+    with Ranks() as ranks:
+        options.device = ranks.device(options.device)
+        if ranks.rank > 0:
+            _help(options, ranks)
+        else:
+            _lead(options, ranks)
+
+
+def _help(options: argparse.Namespace, ranks: Ranks) -> None:
+    """Another process: part of the trunk passes, of the images that rank 0 found readable."""
+    with contextlib.redirect_stderr(open(os.devnull, "w")):  # rank 0 speaks
+        found: tuple[FolderImages, FolderImages | None, int] | None = ranks.broadcast(None)
+        if found is None:  # rank 0 has said why, or needs no help
+            return
+        rows, columns, limit = found
+        serve_pairwise(
+            load_model(options),
+            rows,
+            columns,
+            share=TrunkShare(ranks.rank, ranks.size),
+            memory_limit=limit,
+        )
+
+
+def _lead(options: argparse.Namespace, ranks: Ranks) -> None:
+    with _told_at_last(ranks) as tell_all:
+        _compare(options, ranks, tell_all)
+
+
+@contextlib.contextmanager
+def _told_at_last(ranks: Ranks) -> Iterator[Callable[[Any], None]]:
+    """Broadcasts once: what it is called with, or nothing where it is not called, for an error."""
+    is_told = False
+
+    def tell_all(value: Any) -> None:
+        nonlocal is_told
+        is_told = True
+        ranks.broadcast(value)
+
+    try:
+        yield tell_all
+    finally:
+        if not is_told:
+            ranks.broadcast(None)
+
+
+def _compare(options: argparse.Namespace, ranks: Ranks, tell_all: Callable[[Any], None]) -> None:
     _check_targets(options)
     rows = read_folder(options.folder, options)
     columns = None if options.other is None else read_folder(options.other, options)
@@ -107,8 +163,14 @@ def _run(options: argparse.Namespace) -> None:
         others = None if columns is None else len(columns)
         scheme = plan(model, len(rows), rows.size, others, memory_limit=limit)
         if not options.plan:
+            share = None
+            if ranks.size > 1:
+                share = TrunkShare(0, ranks.size)
+                tell_all((rows.without_pixels(), columns and columns.without_pixels(), limit))
             with bar_of("comparing", scheme.trunk_passes) as advance:
-                matrix = pairwise(model, rows, columns, memory_limit=limit, progress=advance).cpu()
+                matrix = pairwise(
+                    model, rows, columns, memory_limit=limit, progress=advance, share=share
+                ).cpu()
             if not bool(torch.isfinite(matrix).all()):
                 raise CommandError("some distances are NaN: the trunk's weights must be damaged")
     if options.plan:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -111,6 +111,10 @@ class FolderImages(Sequence[torch.Tensor]):
     def nbytes(self) -> int:
         """Of the decoded images in memory."""
         return sum(image.nbytes for image in self.decoded.values())
+
+    def without_pixels(self) -> FolderImages:
+        """The same images, none of which is in memory: for another process."""
+        return replace(self, decoded={})
 
     def __len__(self) -> int:
         return len(self.names)

@@ -1,10 +1,10 @@
 """What people judged: learning linear weights from it, and scoring a metric by it.
 
 :mod:`.datasets` reads the two kinds of judgements, :mod:`.training` learns, :mod:`.scoring` scores;
-:mod:`.channel_means` caches what learning needs of the trunk.
+:mod:`.cached_triplets` caches what learning needs of the trunk.
 """
 
-from .channel_means import CachedTriplets, cache_triplets, channel_means, dropout_deviations
+from .cached_triplets import CachedTriplets, cache_triplets, channel_means, dropout_deviations
 from .datasets import JNDDataset, JudgementsError, TwoAFCDataset, load_batches
 from .learning_curve import save_learning_curve
 from .scoring import (

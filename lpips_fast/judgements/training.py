@@ -8,7 +8,7 @@
 The distances of two patches to their reference go through a small network, which predicts what
 people choose (:class:`lpips_fast.BCERankingLoss`). After every step the linear weights are
 projected onto what a distance allows, w >= 0. While the trunk is frozen (mode ``lin``), it runs
-once an image and not once an image and epoch; see :mod:`.channel_means`.
+once an image and not once an image and epoch; see :mod:`.cached_triplets`.
 
 Where it departs from the trainer of lpips 0.1.4:
 
@@ -46,7 +46,7 @@ from ..linear import linear_weight, project_linear_weights
 from ..lpips import LPIPS, Net, Version
 from ..normalization import Normalization
 from ..weights import read_state_dict
-from .channel_means import CachedTriplets, cache_triplets
+from .cached_triplets import CachedTriplets, cache_triplets
 from .datasets import load_batches
 from .learning_curve import save_learning_curve
 from .scoring import (

@@ -1,7 +1,8 @@
 """Many images against many: all pairs, nearest neighbours, vectors for an index.
 
 One trunk pass an image instead of one a pair. :mod:`.all_pairs` compares, :mod:`.memory_plan`
-decides what is kept in memory, :mod:`.embedding` makes vectors, :mod:`.sources` are the images.
+decides what is kept in memory, :mod:`.trunk_share` shares the work among processes,
+:mod:`.embedding` makes vectors, :mod:`.sources` are the images.
 """
 
 from .all_pairs import (
@@ -13,9 +14,11 @@ from .all_pairs import (
     nearest,
     pairwise,
     plan,
+    serve_pairwise,
 )
 from .embedding import Embedding, embed, embedding_size, euclidean_weights
 from .sources import Images
+from .trunk_share import ShareError, TrunkShare
 
 __all__ = [
     "DEFAULT_MEMORY_LIMIT",
@@ -24,6 +27,8 @@ __all__ = [
     "Embedding",
     "Images",
     "Plan",
+    "ShareError",
+    "TrunkShare",
     "embed",
     "embedding_size",
     "euclidean_weights",
@@ -31,4 +36,5 @@ __all__ = [
     "nearest",
     "pairwise",
     "plan",
+    "serve_pairwise",
 ]

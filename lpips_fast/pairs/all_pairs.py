@@ -33,6 +33,7 @@ from .. import functional
 from .embedding import Embedding, euclidean_weights
 from .memory_plan import BLOCK_LENGTH, DEFAULT_MEMORY_LIMIT, Plan, make_plan, plan
 from .sources import Images, ImageSource, as_index, check_alike
+from .trunk_share import TrunkShare
 
 if TYPE_CHECKING:
     from ..lpips import LPIPS
@@ -46,6 +47,7 @@ __all__ = [
     "nearest",
     "pairwise",
     "plan",
+    "serve_pairwise",
 ]
 
 #: A distance below this part of the two squared norms' sum is computed again by the direct kernel.
@@ -74,6 +76,7 @@ def pairwise(
     memory_limit: int = DEFAULT_MEMORY_LIMIT,
     max_batch: int | None = None,
     progress: Callable[[int], object] | None = None,
+    share: TrunkShare | None = None,
 ) -> Tensor:
     """Distances between all pairs of images, from one trunk pass an image.
 
@@ -91,6 +94,8 @@ def pairwise(
             the model's ``max_batch``.
         progress: called with the number of images that just went through the trunk; they add up to
             :attr:`Plan.trunk_passes`, and to more where near pairs are computed again.
+        share: processes that take part of the trunk passes, each of which calls
+            :func:`serve_pairwise`; this one is rank 0.
 
     Returns:
         (N, M) on the model's device, float32 (float64 for a float64 model). No graph is kept.
@@ -116,7 +121,52 @@ def pairwise(
     if columns is not None:
         check_alike(rows, columns)
     with torch.no_grad():
-        return _matrix(model, rows, columns, memory_limit, max_batch, progress)[0]
+        return _matrix(model, rows, columns, memory_limit, max_batch, progress, share)[0]
+
+
+def serve_pairwise(
+    model: LPIPS,
+    X: Images,
+    Y: Images | None = None,
+    *,
+    share: TrunkShare,
+    normalize: bool = False,
+    memory_limit: int = DEFAULT_MEMORY_LIMIT,
+    max_batch: int | None = None,
+) -> None:
+    """This process's part of the trunk passes of a :func:`pairwise` that rank 0 calls.
+
+    All arguments are those of that call, the model on a device of this process.
+
+    Raises:
+        ShareError: rank 0 has stopped.
+    """
+    rows = ImageSource("X", X, model, normalize)
+    columns = None if Y is None or Y is X else ImageSource("Y", Y, model, normalize)
+    with torch.no_grad():
+        scheme = _scheme(model, rows, columns, memory_limit, max_batch)
+        held, streamed = rows, columns
+        if columns is not None and scheme.holds_others:
+            held, streamed = columns, rows
+        share.serve(
+            (source, part)
+            for _, turns in _groups(held, streamed, scheme)
+            for source, part, _ in turns
+        )
+
+
+def _scheme(
+    model: LPIPS,
+    rows: ImageSource,
+    columns: ImageSource | None,
+    memory_limit: int,
+    max_batch: int | None,
+) -> Plan:
+    others = None if columns is None else len(columns)
+    is_encoded = (rows.is_encoded, columns is not None and columns.is_encoded)
+    return make_plan(
+        model, len(rows), others, rows.size, rows.dtype, memory_limit, max_batch, is_encoded
+    )
 
 
 def _matrix(
@@ -126,13 +176,11 @@ def _matrix(
     memory_limit: int,
     max_batch: int | None,
     progress: Callable[[int], object] | None,
+    share: TrunkShare | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Distances, and which of them are the direct kernel's."""
     others = None if columns is None else len(columns)
-    is_encoded = (rows.is_encoded, columns is not None and columns.is_encoded)
-    scheme = make_plan(
-        model, len(rows), others, rows.size, rows.dtype, memory_limit, max_batch, is_encoded
-    )
+    scheme = _scheme(model, rows, columns, memory_limit, max_batch)
     device = model.scaling_layer.shift.device
     shape = (len(rows), len(rows) if others is None else others)
     matrix = torch.zeros(shape, dtype=rows.dtype, device=device)
@@ -143,7 +191,7 @@ def _matrix(
     target, near = matrix, is_near
     if columns is not None and scheme.holds_others:
         held, streamed, target, near = columns, rows, matrix.T, is_near.T
-    for i, j, distances, norms in _blocks(model, held, streamed, scheme, progress):
+    for i, j, distances, norms in _blocks(model, held, streamed, scheme, progress, share):
         is_small = distances < NEAR * norms
         distances.clamp_(min=0)
         if streamed is None:
@@ -198,12 +246,28 @@ def _blocked(a: Tensor) -> tuple[Tensor, Tensor]:
     return a[:, :whole].unflatten(1, (count, BLOCK_LENGTH)), a[:, whole:]
 
 
+def _groups(
+    held: ImageSource, streamed: ImageSource | None, scheme: Plan
+) -> Iterator[tuple[range, list[tuple[ImageSource, range, bool]]]]:
+    """Each group that is held, and the batches that go through the trunk for it, in order.
+
+    A batch is a source, positions in it, and whether it is a part of the group.
+    """
+    for start in range(0, len(held), scheme.held):
+        group = range(start, min(start + scheme.held, len(held)))
+        others = range(group.stop, len(held)) if streamed is None else range(len(streamed))
+        turns = [(held, part, True) for part in _split(group, scheme.batch)]
+        turns += [(streamed or held, part, False) for part in _split(others, scheme.batch)]
+        yield group, turns
+
+
 def _blocks(
     model: LPIPS,
     held: ImageSource,
     streamed: ImageSource | None,
     scheme: Plan,
     progress: Callable[[int], object] | None,
+    share: TrunkShare | None,
 ) -> Iterator[tuple[range, range, Tensor, Tensor]]:
     """Squared distances of phi, block by block, every pair of different images at least once.
 
@@ -212,12 +276,8 @@ def _blocks(
         two squared norms that were in it.
     """
     embedding = Embedding(model)
-    for start in range(0, len(held), scheme.held):
-        group = range(start, min(start + scheme.held, len(held)))
-        others = range(group.stop, len(held)) if streamed is None else range(len(streamed))
-        turns = [(held, part, True) for part in _split(group, scheme.batch)]
-        turns += [(streamed or held, part, False) for part in _split(others, scheme.batch)]
-
+    turn = 0
+    for group, turns in _groups(held, streamed, scheme):
         phis: list[Tensor] = []  # of the group, one tensor a layer
         centres: list[Tensor] = []
         norms = torch.empty(len(group), dtype=held.dtype, device=held.device)
@@ -227,7 +287,9 @@ def _blocks(
             is_compared = not fills or streamed is None
             squares: Any = 0
             products: Any = 0
-            for layer, tap in enumerate(source.taps(part)):
+            taps = source.taps(part) if share is None else share.taps(turn, source, part)
+            turn += 1
+            for layer, tap in enumerate(taps):
                 if filled == 0:
                     phis.append(norms.new_empty(len(group), tap[0].numel()))
                 phi = embedding(layer, tap, phis[layer][filled:end] if fills else None)
@@ -245,7 +307,7 @@ def _blocks(
                 progress(len(part))
             if is_compared:
                 sums = norms[:end, None] + squares
-                yield range(start, start + end), part, sums - 2 * products, sums
+                yield range(group.start, group.start + end), part, sums - 2 * products, sums
 
 
 def _centre(phi: Tensor) -> Tensor:

@@ -5,7 +5,8 @@
   sixth as often as the direct sum. It rounds no more than that (docs/numerics.md), and packed
   weights take up to five times the memory. Images of half precision are only read and written as
   such. ``LPIPS_FAST_WINOGRAD=0`` in the environment turns it off.
-- Our own direct sum (``csrc/cpu/direct_kernels.h``) for 3x3 convolutions of the images themselves.
+- Our own direct sum (``csrc/cpu/direct_kernels.h``) for 3x3 convolutions of the images themselves,
+  and for the gradients of strided ones.
 - oneDNN for the rest: it adds the bias while a result is in registers, and takes weights that were
   reordered into its own blocked layout once instead of at every call: at small images the
   reordering costs more than the convolution.
@@ -155,7 +156,7 @@ def packed_kernel(conv: Convolution, winograd: bool, gradient: bool = False) -> 
     """
     operators = torch.ops.lpips_fast
     pack = operators.winograd_pack if winograd else operators.direct_pack
-    stride = conv.stride if winograd else 1  # which alone runs over blocks
+    stride = conv.stride if winograd or gradient else 1  # else the direct sum runs over positions
     of_which = _gradient_weight if gradient else _block_weight
     return conv.packed_copy(
         (winograd, gradient), lambda: pack(of_which(conv.weight.float(), stride))
@@ -194,6 +195,12 @@ def input_gradient(
         )
         if stride == 1:
             return result
+    elif stride > 1 and kernels.has_wide_vectors() and grad.dtype == torch.float32:
+        # Few channels: oneDNN would share them out, and so add, by the number of threads.
+        packed = packed_kernel(conv, winograd=False, gradient=True)
+        result = torch.ops.lpips_fast.direct_conv2d(
+            grad, packed, None, False, channels, taps, 1, border
+        )
     else:
         grad = grad.contiguous(memory_format=torch.channels_last)
         dtype, shape = grad.dtype, grad.shape

@@ -65,6 +65,12 @@ class FastSlice:
     net: str
     number: int  # from 1
     parameters: tuple[Tensor, ...]
+    flagged: bool = False  # images that hold NaN are known, and need not show in the tap
+
+    @property
+    def keep_nan(self) -> bool:
+        """Whether NaN comes through on CUDA: by the first slice one in an image reaches the tap."""
+        return self.number == 1 and not self.flagged
 
 
 class Template:
@@ -242,6 +248,22 @@ def fast_slice(
     autocast = kernels.autocast_dtype(device) is not None
     fault = weights_fault(found, device, found[0].dtype if autocast else dtype)
     return FastSlice(net, number, tuple(found)) if fault is None else fault
+
+
+def takes(fast: FastSlice, x: Tensor) -> bool:
+    """Whether ``x`` is what a slice as built hands on, and not what a changed one made."""
+    if not kernels.is_eager():
+        return True
+    weight = next(p for p in fast.parameters if p.dim() == 4)
+    autocast = kernels.autocast_dtype(weight.device) is not None
+    return (
+        (type(x) is Tensor or type(x) is nn.Parameter)
+        and x.dim() == 4
+        and x.device == weight.device
+        and (x.dtype == weight.dtype or (autocast and x.dtype in CPU_DTYPES | set(CUDA_DTYPES)))
+        and x.shape[1] == weight.shape[1]
+        and x.numel() > 0
+    )
 
 
 @functools.cache

@@ -126,10 +126,12 @@ class Trunk(nn.Module):
         keys: list[list[Tensor]] = []
         if fast is not None and torch.is_grad_enabled() and x.requires_grad:
             keys = receptive_fields(fast[: wanted[-1] + 1], as_images(x))
-        held = [x]
+        held, called = [x], False
         del x
         for layer, block in enumerate(self.slices()[: wanted[-1] + 1]):
             by_hand = fast[layer] if fast is not None else None
+            if called and isinstance(by_hand, FastSlice) and not legality.takes(by_hand, held[0]):
+                by_hand = None  # of what a changed slice made, modules are the judges
             if isinstance(by_hand, FastSlice):
                 of_slice = keys[layer] if keys else []
                 if checkpoint and torch.is_grad_enabled():
@@ -138,6 +140,12 @@ class Trunk(nn.Module):
                 else:
                     held = [slice_tap(by_hand, held, of_slice)]
             else:
+                called = True
+                if not held[0].is_meta and any(p.is_meta for p in block.parameters()):
+                    raise RuntimeError(
+                        f"slice{layer + 1} has weights on the meta device, which hold no numbers; "
+                        "load them (load_state_dict with assign=True) before the model is called"
+                    )
                 if isinstance(by_hand, Fault) and by_hand is not LEARNS:
                     # As in lpips, for whoever looks into a slice that was changed.
                     held = [held.pop().contiguous()]

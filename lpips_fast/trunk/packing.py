@@ -110,12 +110,17 @@ def packed_weights(weights: list[Tensor]) -> list[PackedWeight]:
     if all(type(weight) is nn.Parameter for weight in weights):  # others come and go
         check = kernels.WeightsCheck(weights, [one.watch for one in packed])
         # Of the memory, not of the parameters: torch swaps no tensor that has a weak reference.
-        gone = [_when_gone(weight, _OF_SLICES.pop, key, None) for weight in weights]
+        gone = [_when_gone(weight, _forget_slice, key) for weight in weights]
+        _forget_slice(key)
         _OF_SLICES[key] = _OfSlice(check, packed, gone)
-        if held is not None:  # or they pile up where weights are written at every step
-            for finalizer in held.finalizers:
-                finalizer.detach()
     return packed
+
+
+def _forget_slice(key: tuple[int, ...]) -> None:
+    held = _OF_SLICES.pop(key, None)
+    if held is not None:  # or they pile up where weights are replaced at every step
+        for finalizer in held.finalizers:
+            finalizer.detach()
 
 
 def _when_gone(weight: Tensor, function: Callable[..., Any], *arguments: Any) -> weakref.finalize:
@@ -156,7 +161,8 @@ def forget(weights: Iterable[Tensor]) -> None:
     for weight in weights:
         if weight.device.type == "cpu" and weight.layout == torch.strided:
             _PACKED.pop(weight.data_ptr(), None)
-    _OF_SLICES.clear()
+    for key in list(_OF_SLICES):
+        _forget_slice(key)
 
 
 def is_packable(weight: Tensor) -> bool:

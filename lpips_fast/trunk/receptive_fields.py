@@ -9,7 +9,6 @@ by the values but by what a position sees: a key of the bits in its receptive fi
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Sequence
 
 import torch
@@ -18,7 +17,7 @@ from torch import Tensor
 from ..kernels.receptive_fields import CONVOLUTION, FIRE, POOLING
 from .legality import FastSlice, Fault
 from .slices import slice_layers
-from .table import Conv, Fire, MaxPool
+from .table import TRUNKS, Conv, Fire, MaxPool
 
 
 def receptive_fields(slices: Sequence[FastSlice | Fault], x: Tensor) -> list[list[Tensor]]:
@@ -40,14 +39,13 @@ def receptive_fields(slices: Sequence[FastSlice | Fault], x: Tensor) -> list[lis
         return nothing
     first = slices[0]
     assert isinstance(first, FastSlice)
-    geometry, poolings = _geometry(first.net, by_hand)
+    geometry, poolings = _GEOMETRY[first.net][by_hand]
     if not geometry:
         return nothing
     keys = iter(torch.ops.lpips_fast.receptive_fields(x.detach(), geometry))
     return [[next(keys) for _ in range(count)] for count in poolings] + nothing[by_hand:]
 
 
-@functools.cache
 def _geometry(net: str, slices: int) -> tuple[list[int], list[int]]:
     """The layers up to the last pooling, as the operator takes them; poolings of each slice."""
     geometry: list[int] = []
@@ -64,3 +62,10 @@ def _geometry(net: str, slices: int) -> tuple[list[int], list[int]]:
                     poolings[number - 1] += 1
                     last = len(geometry)
     return geometry[:last], poolings
+
+
+# By the number of slices. A table, not a cached function, which torch.compile warns of.
+_GEOMETRY = {
+    net: [_geometry(net, slices) for slices in range(len(spec.taps) + 1)]
+    for net, spec in TRUNKS.items()
+}

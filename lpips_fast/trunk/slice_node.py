@@ -20,11 +20,6 @@ def as_images(x: Tensor) -> Tensor:
     return x.to(dtype, memory_format=torch.channels_last)
 
 
-def keeps_nan(number: int) -> bool:
-    """On CUDA the first slice lets NaN through, so that one in an image reaches the distance."""
-    return number == 1
-
-
 def slice_tap(
     fast: FastSlice, images: Tensor | list[Tensor], keys: Sequence[Tensor] = ()
 ) -> Tensor:
@@ -40,9 +35,9 @@ def slice_tap(
         return compiled.tap(fast, images.pop(), keys)
     images[0] = as_images(images[0])
     if torch.is_grad_enabled() and images[0].requires_grad:
-        return _SliceTap.apply(images.pop(), fast.net, fast.number, keys, *fast.parameters)
+        return _SliceTap.apply(images.pop(), fast, keys, *fast.parameters)
     layers = slice_layers(fast.net, fast.number)
-    return run(layers, fast.parameters, images, keeps_nan(fast.number))
+    return run(layers, fast.parameters, images, fast.keep_nan)
 
 
 def is_transformed(*grads: Tensor | None) -> bool:
@@ -57,10 +52,10 @@ def is_transformed(*grads: Tensor | None) -> bool:
 class _SliceTap(torch.autograd.Function):
     @staticmethod
     def forward(  # type: ignore[override]
-        ctx: Any, x: Tensor, net: str, number: int, keys: Sequence[Tensor], *parameters: Tensor
+        ctx: Any, x: Tensor, fast: FastSlice, keys: Sequence[Tensor], *parameters: Tensor
     ) -> Tensor:
-        ctx.layers, ctx.keys = slice_layers(net, number), keys
-        made = record(ctx.layers, parameters, x, keeps_nan(number))
+        ctx.layers, ctx.keys = slice_layers(fast.net, fast.number), keys
+        made = record(ctx.layers, parameters, x, fast.keep_nan)
         ctx.save_for_backward(x, *made, *parameters)
         ctx.made = len(made)
         return made[-1]
@@ -69,7 +64,7 @@ class _SliceTap(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
         x, *rest = ctx.saved_tensors
         made, parameters = rest[: ctx.made], rest[ctx.made :]
-        none = (None,) * (3 + len(parameters))
+        none = (None,) * (2 + len(parameters))
         if torch.is_grad_enabled() or is_transformed(grad):
             return plain_gradient(ctx.layers, parameters, grad, x), *none
         grad = torch.ops.aten.threshold_backward(grad, made[-1], 0)

@@ -725,10 +725,12 @@ def test_an_input_is_never_an_output(
         path = tmp_path / output
         path.symlink_to(image) if output == "link.csv" else os.link(image, path)
         code = call("dirs", *folders, "-o", path, RANDOM, "--overwrite")
-        assert_failed(capsys, code, f"{path} is {image}, which is read: name another file")
+        assert_failed(
+            capsys, code, f"{path} would overwrite {image}, which is read: name another file"
+        )
     os.link(image, tmp_path / "out.csv.jsonl")
     code = call("dirs", *folders, "-o", tmp_path / "out.csv", RANDOM, "--overwrite")
-    assert_failed(capsys, code, "out.csv.jsonl is ", "which is read")
+    assert_failed(capsys, code, "out.csv.jsonl would overwrite ", "which is read")
     pairs = tmp_path / "pairs.csv"
     pairs.write_text("a,b\nA/1.png,B/1.png\n")
     code = call("dirs", "--pairs", pairs, "-o", pairs, RANDOM, "--overwrite")

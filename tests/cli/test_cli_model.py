@@ -142,8 +142,9 @@ class TestCommands:
         arguments = ("dirs", *folders, "-o", path, "--random-trunk", "--dtype", dtype)
         code, out, err = run(*arguments, "--layers", "0,2")
         assert code == 0, err
-        head = path.read_text().splitlines()
-        assert f"# dtype: {dtype}" in head and "# layers: 0,2" in head
+        record = path.with_name("distances.csv.jsonl").read_text().splitlines()
+        settings = json.loads(record[0])["lpips-fast"]
+        assert (settings["dtype"], settings["layers"]) == (dtype, "0,2")
         assert "layers 0,2 only" in out
         # Another dtype, or other layers, is another file.
         code, _, err = run(*arguments, "--layers", "0,1")
@@ -162,7 +163,8 @@ class TestCommands:
         )
         assert code == 0, err
         text = path.read_text()
-        assert "layer 0 only, float64" in text and "# dtype: float64" in text
+        report = json.loads(path.with_suffix(".json").read_text())
+        assert report["dtype"] == "float64" and len(report["layer_names"]) == 1
         value = text.splitlines()[-1].split(",")[1]
         assert len(value.lstrip("0.")) > 9
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import errno
 import json
 import math
 import os
@@ -261,7 +262,8 @@ def test_too_few_images(run: Any, folder: Path, tmp_path: Path) -> None:
 
 def test_no_folder(run: Any, folder: Path, tmp_path: Path) -> None:
     assert_failed(run(tmp_path / "gone", RANDOM), "gone does not exist")
-    assert_failed(run(folder / NAMES[0], RANDOM), "is not a folder")
+    code, out, err = run(folder / NAMES[0], RANDOM)
+    assert (code, out) == (2, "") and "two images are compared by lpips-fast pair A B" in err
 
 
 def test_images_that_are_too_small(run: Any, tmp_path: Path) -> None:
@@ -286,13 +288,17 @@ def test_where_nothing_can_be_written(run: Any, folder: Path, tmp_path: Path) ->
     assert run(folder, RANDOM, "-o", folder / "matrix.csv", "--no-picture")[0] == 0
 
 
-@pytest.mark.skipif(not Path("/dev/full").exists(), reason="there is no /dev/full")
+@pytest.mark.parametrize("call", ["fsync", "replace"])
 def test_a_full_disk_leaves_what_was_there(
-    run: Any, folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    run: Any, folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, call: str
 ) -> None:
     output = tmp_path / "matrix.csv"
     output.write_text("before")
-    (tmp_path / "matrix.csv.part").symlink_to("/dev/full")
+
+    def refuse(*_: object) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(os, call, refuse)
     assert_failed(run(folder, RANDOM, "-o", output), "matrix.csv: No space left on device")
     assert output.read_text() == "before"
     assert {path.name for path in tmp_path.iterdir()} == {"images", "matrix.csv"}

@@ -6,6 +6,7 @@ import torch
 
 import lpips_fast
 from lpips_fast import export
+from lpips_fast.export import exporters
 from lpips_fast.export.exported import check_exported, load_exported
 from lpips_fast.export.portable import PortableLPIPS
 
@@ -44,7 +45,7 @@ def test_looks_at_other_sizes_where_they_may_change(tmp_path):
     torch.jit.save(
         torch.jit.trace(Wrong(), (image, image)),
         str(path),
-        _extra_files={export.RECORD_KEY: record.to_json()},
+        _extra_files={exporters.RECORD_KEY: record.to_json()},
     )
     with pytest.raises(export.ExportError, match="from the model"):
         check_exported(model, path)
@@ -76,7 +77,7 @@ def test_raises_where_identical_images_differ(exportable, tmp_path):
     torch.jit.save(
         torch.jit.trace(Offset(), (image, image)),
         str(tmp_path / "m.ts"),
-        _extra_files={export.RECORD_KEY: record.to_json()},
+        _extra_files={exporters.RECORD_KEY: record.to_json()},
     )
     with pytest.raises(export.ExportError, match="1e-07 for identical images"):
         check_exported(exportable, tmp_path / "m.ts", tolerance=100)
@@ -134,7 +135,7 @@ def test_signals_arrive_after_a_network_went_on_another_thread(tmp_path, run_pyt
     weights = parity.trunk_weights("alex")
     model = lpips_fast.LPIPS(net="alex", weights=weights, layers=(0,), verbose=False)
     record = export.export_torchscript(model, tmp_path / "m.ts")
-    network.set_rt_info(record.to_json(), [export.RECORD_KEY])
+    network.set_rt_info(record.to_json(), [exporters.RECORD_KEY])
     openvino.save_model(network, str(tmp_path / "m.xml"))
     text = run_python(
         f"""

@@ -201,9 +201,9 @@ def test_what_cannot_be_measured_is_a_row_and_no_more(models: dict, tmp_path: Pa
 
 
 def test_damaged_weights_are_told(models: dict, pairs: list[Pair]) -> None:
-    weights = trunk_weights("alex")
-    weights["features.0.bias"][:] = float("nan")
-    broken = lpips_fast.LPIPS(weights=weights, verbose=False)
+    broken = lpips_fast.LPIPS(weights=trunk_weights("alex"), verbose=False)
+    with torch.no_grad():
+        broken.net.slice1[0].bias.fill_(float("nan"))
     (row,) = all_rows([broken], pairs[:1])
     assert row.values == (None,)
     assert row.error == "the distance is nan: the trunk's weights must be damaged"

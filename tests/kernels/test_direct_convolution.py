@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from lpips_fast import kernels
 from lpips_fast.trunk import convolution
+from lpips_fast.trunk.packing import packed_weight
 
 OPS = torch.ops.lpips_fast
 # Kernel, stride, padding: the trunks' first layers, 1x1, and what else there may be.
@@ -116,9 +117,13 @@ def test_fake_kernel():
 
 @pytest.mark.skipif(not kernels.has_wide_vectors(), reason="there are no wide vectors here")
 def test_where_it_is_taken():
-    first = nn.Conv2d(3, 64, 3).requires_grad_(False)
+    def frozen(inputs, outputs, kernel):
+        conv = nn.Conv2d(inputs, outputs, kernel).requires_grad_(False)
+        packed = packed_weight(conv.weight)
+        return convolution.Convolution(conv.weight, conv.bias, 1, 0, packed)
+
+    first = frozen(3, 64, 3)
     assert convolution._is_direct(first, torch.float32)
     assert not convolution._is_direct(first, torch.bfloat16)
-    assert not convolution._is_direct(nn.Conv2d(3, 64, 3), torch.float32), "learns"
     for options in ((3, 64, 11), (64, 64, 3)):
-        assert not convolution._is_direct(nn.Conv2d(*options).requires_grad_(False), torch.float32)
+        assert not convolution._is_direct(frozen(*options), torch.float32)

@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import itertools
-import random
 from collections.abc import Iterator
 from typing import Any
 
 import parity
 import pytest
 import torch
-from operator_calls import CALLS, Draw, in_float64
+from operator_calls import CALLS, Draw, Seeded, in_float64
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._pytree import tree_leaves, tree_map_only
@@ -24,19 +23,6 @@ WITHOUT_DERIVATIVE = [
     *("direct_pack", "direct_conv2d", "winograd_pack", "winograd_conv2d", "depth_to_space"),
     *("fire", "fire_backward", "tap_backward"),
 ]
-
-
-class Seeded:
-    """Choices of a random number generator."""
-
-    def __init__(self, seed: int) -> None:
-        self.random = random.Random(seed)
-
-    def integer(self, least: int, most: int) -> int:
-        return self.random.randint(least, most)
-
-    def one_of(self, choices: Any) -> Any:
-        return self.random.choice(list(choices))
 
 
 def arguments_of(name: str, seed: int) -> list[Any]:

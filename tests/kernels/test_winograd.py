@@ -13,6 +13,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from lpips_fast.trunk import convolution
+from lpips_fast.trunk.packing import packed_weight
 
 OPS = torch.ops.lpips_fast
 # Channels in and out: below, at and beyond a panel; then height and width: whole tiles, one beyond,
@@ -129,8 +130,7 @@ def test_rounding_of_what_a_relu_leaves(kernel):
     x, weight = channels_last(1, 64, 31, 31).relu(), torch.randn(192, 64, kernel, kernel)
     expected = F.conv2d(x.double(), weight.double(), padding=kernel // 2)
     error = (convolve(x, weight).double() - expected).norm() / expected.norm()
-    direct = F.conv2d(x, weight, padding=kernel // 2).double()
-    assert error < 1.5 * (direct - expected).norm() / expected.norm()
+    assert error < {3: 8e-7, 5: 2.5e-6}[kernel]
 
 
 @pytest.mark.parametrize("channels, kernel", [(512, 3), (192, 5)])
@@ -255,14 +255,14 @@ def test_empty_batch():
         (lambda: convolve(torch.randn(1, 8, 5, 5).double(), torch.randn(8, 8, 3, 3)), "float32"),
         (
             lambda: convolve(torch.randn(1, 7, 5, 5), torch.randn(8, 8, 3, 3)),
-            "not packed for blocks of 1x1x7",
+            "not packed for these channels",
         ),
         (lambda: OPS.winograd_pack(torch.randn(8, 8, 7, 7)), r"\(C_out, C_in, 3, 3\)"),
         (
             lambda: OPS.winograd_conv2d(
                 torch.randn(1, 0, 9, 9), torch.randn(0), None, False, None, 0, 3, 1, 1
             ),
-            "at least one channel",
+            "out_channels must be at least 1",
         ),
         (
             lambda: convolve(torch.randn(1, 8, 2, 9), torch.randn(8, 8, 5, 5), padding=1),
@@ -282,7 +282,7 @@ def test_empty_batch():
             lambda: convolve(
                 torch.randn(1, 8, 5, 5), torch.randn(8, 8, 3, 3), mask=torch.randn(1, 8, 5, 4)
             ),
-            "mask and add",
+            "mask must have the shape",
         ),
     ],
 )
@@ -300,24 +300,29 @@ def test_fake_kernel():
     )
 
 
+def frozen(in_channels, out_channels, kernel, stride=1, padding=0) -> convolution.Convolution:
+    conv = nn.Conv2d(in_channels, out_channels, kernel).requires_grad_(False)
+    packed = packed_weight(conv.weight)
+    return convolution.Convolution(conv.weight, conv.bias, stride, padding, packed)
+
+
 class TestChoice:
     @pytest.mark.skipif(not convolution._WINOGRAD, reason="there are no wide vectors here")
     def test_where_it_is_taken(self):
         def takes(conv, channels=64, grid=(8, 8), dtype=torch.float32):
             return convolution.uses_winograd(conv, channels, torch.Size(grid), dtype)
 
-        conv = nn.Conv2d(64, 64, 3, padding=1).requires_grad_(False)
+        conv = frozen(64, 64, 3, padding=1)
         assert takes(conv)
         assert not takes(conv, grid=(8, 6))
         assert not takes(conv, channels=16)
         assert not takes(conv, dtype=torch.float64)
         for dtype in (torch.bfloat16, torch.float16):
             assert takes(conv, dtype=dtype) == (dtype in convolution._WINOGRAD_DTYPES)
-            narrow = nn.Conv2d(64, 48, 3, padding=1).requires_grad_(False)
+            narrow = frozen(64, 48, 3, padding=1)
             assert takes(narrow) and not takes(narrow, dtype=dtype)
-        assert not takes(nn.Conv2d(64, 64, 3, padding=1)), "learns"
         for kernel, stride, taken in ((5, 1, True), (11, 4, True), (1, 1, False), (3, 2, False)):
-            other = nn.Conv2d(64, 64, kernel, stride).requires_grad_(False)
+            other = frozen(64, 64, kernel, stride)
             assert takes(other) == taken
 
     def test_a_unit_for_half_precision_goes_first(self, monkeypatch):
@@ -326,7 +331,7 @@ class TestChoice:
             assert (torch.bfloat16 in convolution._half_dtypes_without_amx()) == (not amx)
 
     def test_environment_turns_it_off(self):
-        code = "from lpips_fast import convolution; print(convolution._WINOGRAD)"
+        code = "from lpips_fast.trunk import convolution; print(convolution._WINOGRAD)"
         run = subprocess.run(
             [sys.executable, "-c", code],
             env={**os.environ, "LPIPS_FAST_WINOGRAD": "0"},
@@ -342,7 +347,7 @@ class TestChoice:
 @pytest.mark.parametrize("geometry", [(3, 1, 1), (5, 1, 2), (11, 4, 2), (5, 2, 0)], ids=str)
 def test_input_gradient(channels, size, geometry):
     kernel, stride, padding = geometry
-    conv = nn.Conv2d(*channels, kernel, stride, padding).requires_grad_(False)
+    conv = frozen(*channels, kernel, stride, padding)
     x64 = channels_last(2, channels[0], *size).double().requires_grad_()
     y64 = F.conv2d(x64, conv.weight.double(), None, stride, padding)
     x, grad, add = x64.detach().float(), channels_last(*y64.shape), channels_last(*x64.shape)

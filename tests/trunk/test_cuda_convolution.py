@@ -53,6 +53,11 @@ class Device:
         self.two_passes += 1
         y.add_(bias.view(1, -1, 1, 1)).relu_()
 
+    def scale_images_flagged(self, images, shift, scale, unit_range, dtype):
+        batch = torch.ops.lpips_fast.scale_images(images, shift, scale, unit_range, dtype)
+        is_finite = batch.isfinite().flatten(1).all(dim=1)
+        return batch, torch.zeros(len(batch)).masked_fill(~is_finite, torch.nan)
+
     def seconds_in_turn(self, calls) -> list[float]:
         assert len(calls) == 2
         return self.seconds
@@ -83,12 +88,14 @@ def device(monkeypatch: pytest.MonkeyPatch) -> Iterator[Device]:
     monkeypatch.setattr(cuda_convolution, "_is_capturing", lambda: played.is_capturing)
     monkeypatch.setattr(cuda_convolution, "_leave_nan_in_free_memory", leave_nan)
     cuda_convolution.forget_choices()
+    monkeypatch.setattr(routes, "_flags_images", lambda call, image: False)
     with (
         torch.library._scoped_library("aten", "IMPL") as aten,
         torch.library._scoped_library("lpips_fast", "IMPL") as ours,
     ):
         aten.impl("cudnn_convolution_relu", played.cudnn_convolution_relu, "CPU")
         ours.impl("bias_relu_", played.bias_relu_, "CPU")
+        ours.impl("scale_images_flagged", played.scale_images_flagged, "CPU")
         yield played
     cuda_convolution.forget_choices()
 
@@ -390,10 +397,20 @@ def test_whole_model(device, net, engine, monkeypatch):
     assert error(grad, expected_grad.double()) < 1e-4
 
 
-@pytest.mark.parametrize("spatial", [False, True], ids=["averaged", "map"])
-def test_calls_of_a_training_step(device, spatial, monkeypatch):
-    """AlexNet: one scaling, every convolution once for both images, one tap gradient a layer."""
+@pytest.fixture
+def flagging(device, monkeypatch) -> Device:
+    """As on CUDA: convolutions by the played cuDNN, and images that scaling flags."""
     monkeypatch.setattr(slices, "_backend", lambda x: cuda_convolution)
+    monkeypatch.setattr(fire, "has_border", lambda x: False)
+    monkeypatch.setattr(
+        routes, "_flags_images", lambda call, image: call.is_as_built and not call.model.spatial
+    )
+    return device
+
+
+@pytest.mark.parametrize("spatial", [False, True], ids=["averaged", "map"])
+def test_calls_of_a_training_step(flagging, spatial, monkeypatch):
+    """AlexNet: one scaling, every convolution once for both images, one tap gradient a layer."""
     monkeypatch.setattr(routes, "_one_batch_below", lambda x: routes._ONE_BATCH_ON_CUDA)
     weights = trunk_weights("alex")
     model = lpips_fast.LPIPS(weights=weights, spatial=spatial, verbose=False)
@@ -402,7 +419,7 @@ def test_calls_of_a_training_step(device, spatial, monkeypatch):
     in0.requires_grad_()
     model(in0, in1).sum().backward()  # tries the convolutions
     assert {shape[0] for _, shape in CHOICES} == {4}
-    device.calls()
+    flagging.calls()
     in0.grad = None
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profile:
         model(in0, in1).sum().backward()
@@ -413,15 +430,101 @@ def test_calls_of_a_training_step(device, spatial, monkeypatch):
         if name.startswith("lpips_fast::")
     }
     ours.pop("receptive_fields", None)  # of the CPU alone
-    assert ours == {
-        **{"scale_images": 1, "max_pool2d": 2, "max_pool2d_backward": 2, "bias_relu_": 1},
-        **{"distance_map" if spatial else "distance": 5, "tap_backward": 5},
-    }
-    # The first slice's convolution keeps NaN, and so goes in two passes.
-    assert device.calls() == (4, 1)
+    expected = {"scale_images": 1, "max_pool2d": 2, "max_pool2d_backward": 2, "tap_backward": 5}
+    if spatial:  # the first convolution keeps NaN, and so goes in two passes
+        assert ours == {**expected, "distance_map": 5, "bias_relu_": 1}
+        assert flagging.calls() == (4, 1)
+    else:  # the played kernel with flags calls the one without
+        assert ours == {**expected, "distance": 5, "scale_images_flagged": 1}
+        assert flagging.calls() == (5, 0)
     assert calls["aten::convolution_backward"] == 5
     # The gradients meet in tap_backward; a ReLU between two taps would be one more, and has none.
-    assert calls["aten::cat"] == 0 and calls["aten::threshold_backward"] == 0
+    assert calls["aten::threshold_backward"] == 0
+    # Of distances alone, there and back: no image and no feature is copied.
+    assert calls["aten::cat"] <= 2 and calls["aten::addcmul"] == (0 if spatial else 1)
+
+
+class TestFlaggedImages:
+    """cuDNN's fused call loses NaN, in the first slice too: scaling flags it instead."""
+
+    @staticmethod
+    def pair(batches=(3, 3), size=(64, 80)) -> tuple[Tensor, Tensor]:
+        in0, _ = image_pair(batches[0], *size, torch.float32, seed=0)
+        _, in1 = image_pair(batches[1], *size, torch.float32, seed=1)
+        return in0, in1
+
+    @pytest.mark.parametrize("bad", [torch.nan, torch.inf])
+    @pytest.mark.parametrize("side", [0, 1])
+    @pytest.mark.parametrize("graph", [None, 0, 1, "both"])
+    @pytest.mark.parametrize("batches", [(3, 3), (3, 1), (1, 3)], ids=str)
+    @pytest.mark.parametrize("streamed", [False, True])
+    def test_the_distance_of_the_image_alone_is_nan(
+        self, flagging, monkeypatch, bad, side, graph, batches, streamed
+    ):
+        if streamed:
+            monkeypatch.setattr(routes, "_STREAMED_FROM", 0)
+        model = lpips_fast.LPIPS(weights=trunk_weights("alex"), verbose=False)
+        model.requires_grad_(False)
+        pair = self.pair(batches)
+        clean = model(*pair)
+        at = len(pair[side]) - 1
+        pair[side][at, 1, 20, 33] = bad
+        is_bad = torch.arange(3) == at if len(pair[side]) == 3 else torch.ones(3, dtype=torch.bool)
+        leaves = [x for k, x in enumerate(pair) if graph in (k, "both")]
+        for leaf in leaves:
+            leaf.requires_grad_()
+        value, layers = model(*pair, retPerLayer=True)
+        for part in (value, *layers):
+            assert torch.equal(part.flatten().isnan(), is_bad)
+        torch.testing.assert_close(value[~is_bad], clean[~is_bad], rtol=1e-5, atol=0)
+        for leaf in leaves:
+            (grad,) = torch.autograd.grad(value.sum(), leaf, retain_graph=True)
+            of_image = is_bad if len(leaf) == 3 else is_bad.any().view(1)
+            assert torch.equal(grad.isnan().flatten(1).any(dim=1), of_image)
+            assert bool(grad[~of_image].isfinite().all())
+
+    @pytest.mark.parametrize("net", ["alex", "squeeze"])
+    def test_same_bits_and_every_convolution_fused(self, flagging, net, monkeypatch):
+        model = lpips_fast.LPIPS(net=net, weights=trunk_weights(net), verbose=False)
+        in0, in1 = self.pair()
+        in0.requires_grad_()
+        outcomes = []
+        for flags in (True, False):
+            if not flags:
+                monkeypatch.setattr(routes, "_flags_images", lambda call, image: False)
+            cuda_convolution.forget_choices()
+            model(in0, in1)
+            flagging.calls()
+            value = model(in0, in1)
+            outcomes.append((value, *torch.autograd.grad(value.sum(), in0)))
+            fused, two_passes = flagging.calls()
+            assert fused > 0 and two_passes == (0 if flags else 1)
+        assert all(torch.equal(x, y) for x, y in zip(*outcomes))
+
+    def test_features_and_maps_take_it_from_the_tap(self, flagging):
+        in0, in1 = self.pair()
+        in0[1, 1, 20, 33] = torch.nan
+        model = lpips_fast.LPIPS(weights=trunk_weights("alex"), verbose=False)
+        value = model(model.encode(in0), in1).flatten()
+        assert value.isnan().tolist() == [False, True, False]
+        value = model(in0, model.encode(in1)).flatten()
+        assert value.isnan().tolist() == [False, True, False]
+        model = lpips_fast.LPIPS(weights=trunk_weights("alex"), spatial=True, verbose=False)
+        maps = model(in0, in1).isnan()
+        assert maps[1].any() and not maps[0].any() and not maps[1].all()
+
+    @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
+    def test_half_trunks(self, flagging, dtype):
+        """With the gradients of a float16 trunk scaled inside."""
+        model = lpips_fast.LPIPS(weights=trunk_weights("alex"), dtype=dtype, verbose=False)
+        in0, in1 = self.pair()
+        in0[1, 1, 20, 33] = torch.nan
+        in0.requires_grad_()
+        value = model(in0, in1)
+        assert value.flatten().isnan().tolist() == [False, True, False]
+        (grad,) = torch.autograd.grad(value.sum(), in0)
+        assert grad.isnan().flatten(1).any(dim=1).tolist() == [False, True, False]
+        assert bool(grad[[0, 2]].isfinite().all())
 
 
 def test_off_in_the_environment(run_python):

@@ -136,12 +136,18 @@ def test_nan_and_infinity_do_not_get_lost(winograd):
         assert y[0, :, 14:, 14:].isfinite().all()
 
 
-@pytest.mark.parametrize("shape", [(0, 8, 5, 5), (2, 8, 0, 5)], ids=str)
-def test_nothing_at_all(shape):
+def test_no_rows():
     module = FireModule(8, 4, 16).requires_grad_(False)
+    with pytest.raises(RuntimeError, match="at least one channel, row and column"):
+        OPS.fire(torch.empty(2, 8, 0, 5), *packed(module, False))
+
+
+def test_nothing_at_all():
+    module = FireModule(8, 4, 16).requires_grad_(False)
+    shape = (0, 8, 5, 5)
     x = torch.empty(shape)
     squeezed, y = OPS.fire(x, *packed(module, False))
-    assert y.shape == (shape[0], 32, *shape[2:])
+    assert y.shape == (0, 32, 5, 5)
     grad = OPS.fire_backward(y, x, squeezed, *packed_gradients(module, False), True, False)
     assert grad.shape == x.shape
 
@@ -151,10 +157,11 @@ def test_nothing_at_all(shape):
     [
         (lambda x, p: OPS.fire(x.double(), *p), "float32 images"),
         (lambda x, p: OPS.fire(x[0], *p), "float32 images"),
+        (lambda x, p: OPS.fire(x[:, :, :0], *p), "at least one channel, row and column"),
         (lambda x, p: OPS.fire(x[:, :7], *p), "not packed for these channels"),
         (lambda x, p: OPS.fire(x, *p[:-1], True), "not packed for these channels"),
-        (lambda x, p: OPS.fire(x, *p[:5], p[5][:-1], False), "as many channels"),
-        (lambda x, p: OPS.fire(x, p[0], p[1].double(), *p[2:]), "float32 biases"),
+        (lambda x, p: OPS.fire(x, *p[:5], p[5][:-1], False), "bias of 16 channels"),
+        (lambda x, p: OPS.fire(x, p[0], p[1].double(), *p[2:]), "float32 bias of 4 channels"),
         (
             lambda x, p: OPS.fire_backward(x, x, x, p[0], p[2], p[4], True, False),
             "do not belong together",

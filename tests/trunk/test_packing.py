@@ -76,7 +76,8 @@ def by_numpy(conv: nn.Conv2d) -> None:
 
 
 def by_an_alias(conv: nn.Conv2d) -> None:
-    conv.weight.data.view(-1).copy_(torch.randn(conv.weight.numel()))
+    alias = conv.weight.data.as_strided((conv.weight.numel(),), (1,))
+    alias.copy_(torch.randn(len(alias)))
 
 
 def by_an_alias_of_old(conv: nn.Conv2d) -> None:
@@ -434,19 +435,21 @@ def finalizers() -> list[Any]:
 
 def test_tensors_are_free_to_be_swapped():
     """``torch.__future__.set_swap_module_params_on_conversion`` swaps none that has a weak ref."""
-    model = LPIPS(weights=trunk_weights("alex"), verbose=False)
+    model = LPIPS(weights=trunk_weights("alex"), verbose=False).requires_grad_(False)
     image, target = image_pair(1, 64, 64, torch.float32, 0)
-    expected = model(image, target)
+    with torch.no_grad():  # a graph would hold the linear weights
+        expected = model(image, target)
     before = torch.__future__.get_swap_module_params_on_conversion()
     torch.__future__.set_swap_module_params_on_conversion(True)
     try:
-        model.double()
-        value = model(image.double(), target.double())
-        model.float()
-        other = LPIPS(weights=trunk_weights("alex", seed=1), verbose=False)
-        assert torch.equal(model(image, target), expected)
-        model.load_state_dict(other.state_dict())
-        assert torch.equal(model(image, target), other(image, target))
+        with torch.no_grad():
+            model.double()
+            value = model(image.double(), target.double())
+            model.float()
+            other = LPIPS(weights=trunk_weights("alex", seed=1), verbose=False)
+            assert torch.equal(model(image, target), expected)
+            model.load_state_dict(other.state_dict())
+            assert torch.equal(model(image, target), other(image, target))
     finally:
         torch.__future__.set_swap_module_params_on_conversion(before)
     assert relative(value.float(), expected) < 1e-5
@@ -456,7 +459,8 @@ def test_packed_copies_are_no_part_of_the_module():
     model = LPIPS(weights=trunk_weights("alex"), verbose=False)
     keys, size = list(model.state_dict()), len(pickle.dumps(model))
     model(*image_pair(1, 64, 64, torch.float32, 0))
-    assert list(model.state_dict()) == keys and len(pickle.dumps(model)) == size
+    # What a notice has seen takes a byte or two.
+    assert list(model.state_dict()) == keys and abs(len(pickle.dumps(model)) - size) < 100
     assert all(p.is_contiguous() for p in model.parameters())
 
 

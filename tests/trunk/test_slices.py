@@ -11,7 +11,7 @@ from torch import Tensor
 from lpips_fast import kernels
 from lpips_fast.trunk import TRUNKS, Trunk, tap_channels
 from lpips_fast.trunk.legality import FastSlice
-from lpips_fast.trunk.slice_node import keeps_nan, slice_tap
+from lpips_fast.trunk.slice_node import slice_tap
 from lpips_fast.trunk.slices import input_gradient, plain, record, run, slice_layers
 
 SLICES = [(net, number) for net, spec in TRUNKS.items() for number in range(1, len(spec.taps) + 1)]
@@ -51,9 +51,9 @@ class TestAgainstFloat64:
         assert error(y, exactly(fast, x)) < 6e-6
         assert not y.requires_grad and y.is_contiguous(memory_format=torch.channels_last)
         held = [x]
-        assert torch.equal(run(layers, fast.parameters, held, keeps_nan(number)), y)
+        assert torch.equal(run(layers, fast.parameters, held, fast.keep_nan), y)
         assert held == [], "the memory of the images goes back"
-        assert torch.equal(record(layers, fast.parameters, x, keeps_nan(number))[-1], y)
+        assert torch.equal(record(layers, fast.parameters, x, fast.keep_nan)[-1], y)
 
     def test_gradient(self, net, number):
         fast, x = frozen_slice(net, number), images(net, number).requires_grad_()
@@ -67,7 +67,7 @@ class TestAgainstFloat64:
         assert error(got, expected.double()) < 2e-2
         assert (got - expected).abs().median() < 1e-5 * expected.abs().max()
         layers = slice_layers(net, number)
-        made = record(layers, fast.parameters, x.detach(), keeps_nan(number))
+        made = record(layers, fast.parameters, x.detach(), fast.keep_nan)
         by_hand = torch.ops.aten.threshold_backward(grad, made[-1], 0)
         by_hand = input_gradient(layers, fast.parameters, by_hand, x.detach(), made)
         assert torch.equal(got, by_hand)

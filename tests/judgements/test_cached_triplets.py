@@ -9,7 +9,7 @@ from torch import Tensor
 
 import lpips_fast
 from lpips_fast import composed, functional, kernels
-from lpips_fast.judgements import channel_means
+from lpips_fast.judgements import cached_triplets
 from lpips_fast.linear import linear_weight
 from lpips_fast.weights import WeightsError
 
@@ -39,7 +39,7 @@ def test_means_are_the_formulas(
     generator: torch.Generator, dtype: torch.dtype, channels_last: bool, poisoned: None
 ) -> None:
     feats0, feats1 = (features(generator, dtype, channels_last) for _ in range(2))
-    means = channel_means.channel_means(feats0, feats1)
+    means = cached_triplets.channel_means(feats0, feats1)
     for result, expected in zip(means, expected_means(feats0, feats1), strict=True):
         assert result.dtype == composed.accumulator_dtype(dtype)
         torch.testing.assert_close(result.double(), expected, rtol=1e-5, atol=1e-9)
@@ -50,7 +50,7 @@ def test_a_device_without_a_kernel(
 ) -> None:
     feats0, feats1 = (features(generator, torch.float32, True) for _ in range(2))
     monkeypatch.setattr(kernels, "has_kernel", lambda device: False)
-    means = channel_means.channel_means(feats0, feats1)
+    means = cached_triplets.channel_means(feats0, feats1)
     for result, expected in zip(means, expected_means(feats0, feats1), strict=True):
         torch.testing.assert_close(result.double(), expected, rtol=1e-5, atol=1e-9)
 
@@ -58,29 +58,29 @@ def test_a_device_without_a_kernel(
 def test_the_distance_is_a_product_with_the_means(generator: torch.Generator) -> None:
     feats0, feats1 = (features(generator, torch.float32, True) for _ in range(2))
     weights = [torch.rand(shape[1], generator=generator) for shape in SHAPES]
-    means = channel_means.channel_means(feats0, feats1)
+    means = cached_triplets.channel_means(feats0, feats1)
     products = torch.stack([m @ w for m, w in zip(means, weights)], dim=1)
     torch.testing.assert_close(products, functional.distance(feats0, feats1, weights))
 
 
 def test_identical_features_differ_nowhere(generator: torch.Generator) -> None:
     feats = features(generator, torch.float32, True)
-    for function in (channel_means.channel_means, channel_means.dropout_deviations):
+    for function in (cached_triplets.channel_means, cached_triplets.dropout_deviations):
         assert all(torch.equal(m, torch.zeros_like(m)) for m in function(feats, feats))
 
 
 def test_an_image_is_independent_of_its_batch(generator: torch.Generator) -> None:
     feats0, feats1 = (features(generator, torch.float32, True) for _ in range(2))
-    whole = channel_means.channel_means(feats0, feats1)
-    alone = channel_means.channel_means([f[1:2] for f in feats0], [f[1:2] for f in feats1])
+    whole = cached_triplets.channel_means(feats0, feats1)
+    alone = cached_triplets.channel_means([f[1:2] for f in feats0], [f[1:2] for f in feats1])
     for all_images, one in zip(whole, alone):
         assert torch.equal(all_images[1:2], one)
 
 
 def test_deviations_are_those_of_dropping_positions(generator: torch.Generator) -> None:
     feats0, feats1 = (features(generator, torch.float64, True) for _ in range(2))
-    means = channel_means.channel_means(feats0, feats1)
-    deviations = channel_means.dropout_deviations(feats0, feats1)
+    means = cached_triplets.channel_means(feats0, feats1)
+    deviations = cached_triplets.dropout_deviations(feats0, feats1)
     for a, b, mean, deviation in zip(feats0, feats1, means, deviations):
         x = (composed.normalize_tensor(a) - composed.normalize_tensor(b)).square().flatten(2)
         # Each position's part is x / HW times 0 or 2, of variance (x / HW)².
@@ -115,7 +115,7 @@ def lin_weights(model: lpips_fast.LPIPS) -> Tensor:
 def test_cached_distances_are_the_models(
     model: lpips_fast.LPIPS, items: list[dict[str, Tensor]], batch_size: int
 ) -> None:
-    cached = channel_means.cache_triplets(model, items, batch_size=batch_size)
+    cached = cached_triplets.cache_triplets(model, items, batch_size=batch_size)
     assert len(cached) == 5
     rows = torch.tensor([3, 0])
     d0, d1 = cached.distances(lin_weights(model), rows)
@@ -137,7 +137,7 @@ def test_dropout_has_the_originals_mean_and_variance(
     dropping = lpips_fast.LPIPS(weights=trunk_weights("alex"), verbose=False, eval_mode=False)
     for lin in dropping.lins:
         lin.model[0].p = rate
-    cached = channel_means.cache_triplets(model, items[:1])
+    cached = cached_triplets.cache_triplets(model, items[:1])
     with torch.no_grad(), torch.random.fork_rng():
         torch.manual_seed(torch.Generator().seed() % 2**31)
         features0, features1 = dropping.encode(ref), dropping.encode(p0)
@@ -157,15 +157,15 @@ def test_dropout_has_the_originals_mean_and_variance(
 
 
 def test_dropout_needs_deviations(model: lpips_fast.LPIPS, items: list[dict[str, Tensor]]) -> None:
-    cached = channel_means.cache_triplets(model, items[:1], deviations=False)
+    cached = cached_triplets.cache_triplets(model, items[:1], deviations=False)
     assert cached.deviations is None
     with pytest.raises(ValueError, match="were not cached"):
         cached.distances(lin_weights(model), dropout=0.5)
 
 
 def test_a_damaged_trunk_is_told(items: list[dict[str, Tensor]]) -> None:
-    weights = trunk_weights("alex")
-    weights["features.0.bias"][0] = float("nan")
-    damaged = lpips_fast.LPIPS(weights=weights, verbose=False)
+    damaged = lpips_fast.LPIPS(weights=trunk_weights("alex"), verbose=False)
+    with torch.no_grad():
+        damaged.net.slice1[0].bias[0] = float("nan")
     with pytest.raises(WeightsError, match="weights must be damaged"):
-        channel_means.cache_triplets(damaged, items)
+        cached_triplets.cache_triplets(damaged, items)
