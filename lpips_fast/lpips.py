@@ -11,24 +11,19 @@ import torch
 from torch import Tensor, nn
 
 from . import pretrained_networks as pn
-from .calls import fast_path, like_of, prepare_call
-from .compat import (
-    DSSIM,
-    L2,
-    BCERankingLoss,
-    Dist2LogitLayer,
-    FakeNet,
-    print_network,
-)
+from .comparison.arguments import as_features, as_image, check_choice
+from .comparison.calls import fast_path, like_of, prepare_call
+from .comparison.frozen import freeze, hide_weights
+from .comparison.linear import NetLinLayer, linear_weight, load_linear_weights
+from .comparison.linear import rename_linear_weights as rename
+from .comparison.negative_weights import NegativeWeightsNotice
+from .comparison.routes import layer_distances
+from .comparison.scaling import ScalingLayer
+from .comparison.spatial import spatial_average, upsample
+from .compat import DSSIM, L2, BCERankingLoss, Dist2LogitLayer, FakeNet, print_network
 from .features import Features
-from .frozen import freeze, hide_weights
-from .inputs import as_rgb_batch, check_features, warn_of_values
-from .linear import NetLinLayer, linear_weight, load_linear_weights, rename_linear_weights
 from .normalization import Normalization, check_normalization, normalize_tensor
-from .notices import NegativeWeightsNotice, RangeNotice
-from .routes import layer_distances
-from .scaling import ScalingLayer
-from .spatial import spatial_average, upsample
+from .notices import RangeNotice
 from .trunk import Trunk, check_layers, minimum_size, tap_channels
 from .trunk.packing import forget
 from .weights import load_trunk_and_linear_weights
@@ -108,7 +103,7 @@ class LPIPS(nn.Module):
             loss keeps its weights. No gradient reaches them, not even after
             ``parent.requires_grad_(True)``; ``parent.train()`` turns on no dropout; and
             ``parent.state_dict()`` neither holds nor misses them. By itself the model saves and
-            loads as any other. See :mod:`lpips_fast.frozen`.
+            loads as any other. See :mod:`lpips_fast.comparison.frozen`.
 
     Attributes:
         layers: the layers that are compared, ascending.
@@ -146,8 +141,8 @@ class LPIPS(nn.Module):
         frozen: bool = False,
     ) -> None:
         super().__init__()
-        _check_choice("version", version, get_args(Version))
-        _check_choice("reduction", reduction, get_args(Reduction))
+        check_choice("version", version, get_args(Version))
+        check_choice("reduction", reduction, get_args(Reduction))
         if max_batch is not None and max_batch < 1:
             raise ValueError(f"max_batch must be at least 1, got {max_batch}")
         if frozen and pnet_tune:
@@ -198,7 +193,7 @@ class LPIPS(nn.Module):
                 self.add_module(f"lin{k}", NetLinLayer(channels, use_dropout=use_dropout))
             # The same modules again under `lins`, as in the original, whose checkpoints hold both.
             self.lins = nn.ModuleList(getattr(self, f"lin{k}") for k in range(self.L))
-            self.register_load_state_dict_pre_hook(rename_linear_weights)
+            self.register_load_state_dict_pre_hook(rename)
             if pretrained:
                 load_linear_weights(self, model_path, lin_weights, verbose)
         if dtype is not None:
@@ -251,35 +246,6 @@ class LPIPS(nn.Module):
 
     # ------------------------------------------------------------------------------- features
 
-    def _image(self, name: str, image: Tensor, normalize: bool) -> Tensor:
-        """An argument as an image that the scaling layer takes, or an error that says why not."""
-        like = like_of(self)
-        image = as_rgb_batch(
-            name,
-            image,
-            like=like,
-            any_dtype=self.dtype is not None,
-            minimum_size=self.minimum_size,
-            trunk=self.pnet_type,
-            unit_range=normalize,
-        )
-        if self.check_inputs:
-            warn_of_values(name, image, normalize)
-        return image
-
-    def _features(self, name: str, features: Features) -> Features:
-        """An argument as features that this model compares, or an error that says why not."""
-        check_features(
-            name,
-            features,
-            net=self.net_name,
-            layers=self.layers,
-            channels=tap_channels(self.net_name),
-            device=like_of(self).device,
-            look=bool(self.check_inputs),
-        )
-        return features
-
     def encode(self, images: Tensor, normalize: bool = False) -> Features:
         """Features of images, for :meth:`distance` or as an argument of :meth:`forward`.
 
@@ -295,7 +261,7 @@ class LPIPS(nn.Module):
         >>> model(torch.zeros(1, 3, 64, 64), target).item()
         0.0
         """
-        image = self._image("images", images, normalize)
+        image = as_image(self, "images", images, normalize)
         return prepare_call(self, [image], normalize).encode(image)
 
     # ------------------------------------------------------------------------------- distance
@@ -359,7 +325,9 @@ class LPIPS(nn.Module):
             TypeError: integers, or dtypes that differ from each other or from the model's.
         """
         pair = [
-            self._features(name, x) if isinstance(x, Features) else self._image(name, x, normalize)
+            as_features(self, name, x)
+            if isinstance(x, Features)
+            else as_image(self, name, x, normalize)
             for name, x in (("in0", in0), ("in1", in1))
         ]
         if self.check_inputs is None:
@@ -425,8 +393,3 @@ class LPIPS(nn.Module):
         from .pairs.embedding import embed
 
         return embed(self, x, **options)
-
-
-def _check_choice(name: str, value: str, choices: tuple[str, ...]) -> None:
-    if value not in choices:
-        raise ValueError(f"unknown {name} {value!r}; expected one of {', '.join(choices)}")

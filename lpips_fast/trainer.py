@@ -26,10 +26,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from .comparison.linear import project_linear_weights
 from .compat import DSSIM, L2, BCERankingLoss, print_network, tensor2im
 from .features import Features
 from .judgements.scoring import score_2afc_dataset, score_jnd_dataset
-from .linear import project_linear_weights
 from .lpips import LPIPS
 from .weights import read_state_dict
 

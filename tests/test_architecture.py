@@ -27,11 +27,11 @@ LAYERS = [
     "kernels",
     "trunk",
     "weights",
-    "features scaling linear spatial gradient_scaling fidelity frozen pretrained_networks",
+    "features fidelity pretrained_networks",
     "notices",
     "inputs",
-    "functional slice_distance calls",
-    "routes",
+    "functional",
+    "comparison",
     "images",
     "compat",
     "lpips",
@@ -179,7 +179,7 @@ def test_no_circles():
     ("upper", "lower"),
     [
         ("trunk", "kernels"),  # kernels know no network
-        *((name, "trunk") for name in ("routes", "functional", "slice_distance", "lpips")),
+        *((name, "trunk") for name in ("functional", "comparison", "lpips")),
         ("cli", "lpips"),
     ],
 )
@@ -220,7 +220,7 @@ def test_every_module_is_imported_alone(module):
 
 
 def test_bottom_and_top_are_imported_alone(run_python):
-    for module in ("kernels", "trunk", "weights", "calls", "pairs.all_pairs", "cli"):
+    for module in ("kernels", "trunk", "weights", "comparison.calls", "pairs.all_pairs", "cli"):
         run_python(f"import lpips_fast.{module}")
 
 

@@ -19,7 +19,7 @@ from parity import image_pair, models, relative, trunk_weights
 from torch import Tensor, nn
 
 import lpips_fast
-from lpips_fast.linear import linear_weight
+from lpips_fast.comparison.linear import linear_weight
 
 VALUES, GRADIENTS = 1e-5, 1e-4
 

@@ -11,9 +11,9 @@ import torch.autograd.forward_ad as forward_ad
 from parity import image_pair, trunk_weights
 
 import lpips_fast
-from lpips_fast import routes
-from lpips_fast.linear import linear_weight
-from lpips_fast.scaling import scaled_batch
+from lpips_fast.comparison import routes
+from lpips_fast.comparison.linear import linear_weight
+from lpips_fast.comparison.scaling import scaled_batch
 from lpips_fast.weights import WeightsError
 
 
@@ -378,7 +378,7 @@ class TestMemory:
     def test_streamed_taps_give_the_same_numbers(self, model, pair, monkeypatch):
         with torch.no_grad():
             expected, layers = model(*pair, retPerLayer=True)
-            monkeypatch.setattr("lpips_fast.routes._STREAMED_FROM", 0)
+            monkeypatch.setattr("lpips_fast.comparison.routes._STREAMED_FROM", 0)
             streamed, streamed_layers = model(*pair, retPerLayer=True)
         assert torch.equal(streamed, expected)
         assert all(torch.equal(a, b) for a, b in zip(streamed_layers, layers))

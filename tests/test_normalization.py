@@ -18,8 +18,8 @@ from torch import Tensor
 import lpips_fast
 from lpips_fast import LPIPS, functional
 from lpips_fast.cli.model import metric_name
+from lpips_fast.comparison.linear import linear_weight
 from lpips_fast.judgements.cached_triplets import channel_means, dropout_deviations
-from lpips_fast.linear import linear_weight
 from lpips_fast.normalization import (
     EPS,
     NORMALIZATIONS,

@@ -14,7 +14,7 @@ from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 import lpips_fast
-from lpips_fast.linear import linear_weight
+from lpips_fast.comparison.linear import linear_weight
 
 
 def model_of(**options: object) -> lpips_fast.LPIPS:

@@ -14,7 +14,7 @@ from parity import image_pair, models, relative, trunk_weights
 from torch import Tensor, nn
 
 import lpips_fast
-from lpips_fast.linear import linear_weight
+from lpips_fast.comparison.linear import linear_weight
 
 
 def batches(count: int = 4, size: int = 3) -> list[dict[str, Tensor]]:

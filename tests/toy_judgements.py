@@ -16,8 +16,8 @@ from parity import trunk_weights
 from torch import Tensor
 
 import lpips_fast
+from lpips_fast.comparison.linear import linear_weight
 from lpips_fast.judgements.cached_triplets import cache_triplets
-from lpips_fast.linear import linear_weight
 
 Item = dict[str, Tensor]
 

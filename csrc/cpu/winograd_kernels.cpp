@@ -306,7 +306,8 @@ void winograd_add_outliers(const Positions<const scalar_t>& images, int64_t n,
          ++h) {
       for (int64_t w = std::max<int64_t>(0, j - shape.kernel + 1); w <= std::min(j, kTileOut - 1);
            ++w) {
-        if ((i - h) * shape.stride + r >= shape.extent || (j - w) * shape.stride + q >= shape.extent)
+        if ((i - h) * shape.stride + r >= shape.extent ||
+            (j - w) * shape.stride + q >= shape.extent)
           continue;  // a weight that is none: 0, which times infinity is NaN
         const int64_t tap = (i - h) * shape.kernel + j - w;
         float* to = sums + (h * kTileOut + w) * columns;

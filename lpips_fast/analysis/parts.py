@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from ..calls import lins_are_linear
+from ..comparison.calls import lins_are_linear
 from ..features import Features
 from ..normalization import NORMALIZATIONS, check_normalization
 from ..trunk.table import trunk_spec

@@ -41,8 +41,8 @@ import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
+from ..comparison.linear import linear_weight, project_linear_weights
 from ..compat import BCERankingLoss
-from ..linear import linear_weight, project_linear_weights
 from ..lpips import LPIPS, Net, Version
 from ..normalization import Normalization
 from ..weights import read_state_dict

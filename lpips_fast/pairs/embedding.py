@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from ..calls import lins_are_linear
+from ..comparison.calls import lins_are_linear
 from ..composed import EPS, accumulator_dtype
 from ..trunk.table import Conv, Fire, Layer, output_size, trunk_spec
 from .sources import Images, ImageSource, as_index

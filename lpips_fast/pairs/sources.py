@@ -9,7 +9,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from ..calls import prepare_call
+from ..comparison.arguments import as_image
+from ..comparison.calls import prepare_call
 from ..composed import accumulator_dtype
 from ..features import Features
 from ..inputs import check_features
@@ -102,7 +103,7 @@ class ImageSource:
             item = read_image(item)
         if isinstance(item, Tensor):
             item = item.to(self.device)
-        image = self.model._image(name, item, self.normalize)
+        image = as_image(self.model, name, item, self.normalize)
         if len(image) != 1:
             raise ValueError(f"{name} has shape {tuple(item.shape)}, expected one image")
         return image, name
@@ -110,7 +111,7 @@ class ImageSource:
     def _batch(self, positions: Sequence[int]) -> list[Tensor]:
         if isinstance(self.images, Tensor):
             batch = self.images[as_index(positions)].to(self.device)
-            return [self.model._image(self.name, batch, self.normalize)]
+            return [as_image(self.model, self.name, batch, self.normalize)]
         images = []
         for position in positions:
             image, name = self._image(position, self._item(position))

@@ -12,7 +12,7 @@ import torch
 
 from lpips_fast import LPIPS, cli
 from lpips_fast.cli.model import add_model_arguments, distance_name, load_model, metric_name
-from lpips_fast.linear import linear_weight
+from lpips_fast.comparison.linear import linear_weight
 
 Image = pytest.importorskip("PIL.Image", reason="the command line reads images with Pillow")
 

@@ -13,9 +13,9 @@ import torch
 
 import lpips_fast
 from lpips_fast import cli
+from lpips_fast.comparison.linear import linear_weight
 from lpips_fast.judgements.datasets import JNDDataset, TwoAFCDataset
 from lpips_fast.judgements.scoring import evaluate_2afc, evaluate_jnd
-from lpips_fast.linear import linear_weight
 
 pytest.importorskip("PIL.Image", reason="the command line reads images with Pillow")
 pytest.importorskip("matplotlib", reason="train draws a learning curve")

@@ -9,8 +9,8 @@ from torch import Tensor
 
 import lpips_fast
 from lpips_fast import composed, functional, kernels
+from lpips_fast.comparison.linear import linear_weight
 from lpips_fast.judgements import cached_triplets
-from lpips_fast.linear import linear_weight
 from lpips_fast.weights import WeightsError
 
 SHAPES = ((3, 8, 5, 7), (3, 33, 2, 2), (3, 64, 1, 1))

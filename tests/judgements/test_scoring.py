@@ -11,8 +11,8 @@ import torch
 from parity import image_pair, trunk_weights
 
 import lpips_fast
+from lpips_fast.comparison.linear import linear_weight
 from lpips_fast.judgements import scoring
-from lpips_fast.linear import linear_weight
 from lpips_fast.weights import WeightsError
 
 

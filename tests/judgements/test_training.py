@@ -16,6 +16,7 @@ from parity import trunk_weights
 from torch import Tensor
 
 import lpips_fast
+from lpips_fast.comparison.linear import linear_weight
 from lpips_fast.judgements import training
 from lpips_fast.judgements.scoring import evaluate_2afc
 from lpips_fast.judgements.training import (
@@ -25,7 +26,6 @@ from lpips_fast.judgements.training import (
     TrainingOptions,
     new_model,
 )
-from lpips_fast.linear import linear_weight
 from lpips_fast.weights import WeightsError
 
 SHORT = TrainingOptions(epochs=2, decay_epochs=1, batch_size=4, learning_rate=1e-3)

@@ -14,7 +14,8 @@ from parity import image_pair, trunk_weights
 from torch import Tensor
 
 import lpips_fast
-from lpips_fast import kernels, routes
+from lpips_fast import kernels
+from lpips_fast.comparison import routes
 from lpips_fast.trunk import cuda_convolution, fire, slices
 from lpips_fast.trunk.convolution import Convolution
 from lpips_fast.trunk.cuda_convolution import CHOICES, convolve, describe_choices

@@ -16,13 +16,11 @@ import torch
 import torch.nn.modules.module as torch_module
 from torch import Tensor, nn
 
-from . import kernels
-from .features import Features
-from .linear import NetLinLayer, drops
-from .scaling import ScalingLayer, scaled_batch, scaled_batch_and_flags, scaled_pair
-from .trunk import TRUNKS, Trunk, compiled, tap_channels
-from .trunk.detached import call_detached
-from .trunk.legality import (
+from .. import kernels
+from ..features import Features
+from ..trunk import TRUNKS, Trunk, compiled, tap_channels
+from ..trunk.detached import call_detached
+from ..trunk.legality import (
     GLOBAL_HOOKS,
     METHODS,
     FastSlice,
@@ -34,10 +32,12 @@ from .trunk.legality import (
     module_fault,
     own_fault,
 )
-from .trunk.table import IMAGE_CHANNELS
+from ..trunk.table import IMAGE_CHANNELS
+from .linear import NetLinLayer, drops
+from .scaling import ScalingLayer, scaled_batch, scaled_batch_and_flags, scaled_pair
 
 if TYPE_CHECKING:
-    from .lpips import LPIPS
+    from ..lpips import LPIPS
 
 
 @dataclass(frozen=True)

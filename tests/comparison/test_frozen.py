@@ -15,7 +15,7 @@ from parity import image_pair, trunk_weights
 from torch import Tensor, nn
 
 import lpips_fast
-from lpips_fast.linear import linear_weight
+from lpips_fast.comparison.linear import linear_weight
 
 LR, STEPS = 1e-2, 40
 

@@ -9,10 +9,10 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from .weights import WeightsError, load_lin_weights, lpips_state_dict, read_state_dict
+from ..weights import WeightsError, load_lin_weights, lpips_state_dict, read_state_dict
 
 if TYPE_CHECKING:
-    from .lpips import LPIPS
+    from ..lpips import LPIPS
 
 
 class NetLinLayer(nn.Module):

@@ -15,20 +15,21 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from . import composed, functional, gradient_scaling, kernels
+from .. import composed, functional, kernels
+from ..composed import accumulator_dtype
+from ..features import Features
+from ..inputs import check_same_size, common_batch
+from ..trunk import tap_shapes
+from ..trunk.legality import FastSlice
+from ..trunk.receptive_fields import receptive_fields
+from ..trunk.slice_node import as_images, slice_tap
+from . import gradient_scaling
 from .calls import CHANNELS, Call, is_unwatched, like_of, prepare_call, run, size_of
-from .composed import accumulator_dtype
-from .features import Features
-from .inputs import check_same_size, common_batch
 from .slice_distance import slice_distance
 from .spatial import spatial_average, upsample
-from .trunk import tap_shapes
-from .trunk.legality import FastSlice
-from .trunk.receptive_fields import receptive_fields
-from .trunk.slice_node import as_images, slice_tap
 
 if TYPE_CHECKING:
-    from .lpips import LPIPS
+    from ..lpips import LPIPS
 
 # Elements of an image batch from which taps are compared one by one, each in a call of its own;
 # below, memory is no concern and one call for all layers is faster.
@@ -74,7 +75,7 @@ def layer_distances(
 
 
 def _scales_gradients(call: Call, *arguments: Tensor | Features) -> bool:
-    """Whether gradients are scaled inside (:mod:`lpips_fast.gradient_scaling`).
+    """Whether gradients are scaled inside (:mod:`.gradient_scaling`).
 
     Of a trunk in float16, and only where nobody else has a graph of its features.
     """

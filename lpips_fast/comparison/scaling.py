@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from . import kernels
+from .. import kernels
 
 
 class ScalingLayer(nn.Module):

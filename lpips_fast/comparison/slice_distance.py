@@ -15,12 +15,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from . import composed, kernels
-from .composed import EPS
-from .trunk.compiled import made_like
-from .trunk.legality import FastSlice
-from .trunk.slice_node import as_images, is_transformed
-from .trunk.slices import input_gradient, plain, record, slice_layers
+from .. import composed, kernels
+from ..composed import EPS
+from ..trunk.compiled import made_like
+from ..trunk.legality import FastSlice
+from ..trunk.slice_node import as_images, is_transformed
+from ..trunk.slices import input_gradient, plain, record, slice_layers
 
 
 def slice_distance(

@@ -11,8 +11,8 @@ from parity import image_pair, relative, trunk_weights
 from torch import Tensor, nn
 
 import lpips_fast
-from lpips_fast import gradient_scaling
-from lpips_fast.gradient_scaling import enter, leave
+from lpips_fast.comparison import gradient_scaling
+from lpips_fast.comparison.gradient_scaling import enter, leave
 
 WEIGHTS = (1e-4, 1e-2, 1.0, 1e4)
 

@@ -9,9 +9,10 @@ import torch
 from parity import image_pair, trunk_weights
 from served import needs
 
-from lpips_fast import LPIPS, composed, routes, slice_distance
+from lpips_fast import LPIPS, composed
+from lpips_fast.comparison import routes, slice_distance
+from lpips_fast.comparison.linear import linear_weight
 from lpips_fast.composed import EPS
-from lpips_fast.linear import linear_weight
 
 DTYPES = [torch.float32, torch.float64, torch.bfloat16, torch.float16]
 TOLERANCE = {torch.float32: 1e-5, torch.float64: 1e-12, torch.bfloat16: 1e-2, torch.float16: 2e-3}
