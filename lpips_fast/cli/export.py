@@ -18,6 +18,7 @@ from . import argument_types
 from .command import Command, CommandError, print_to, tell
 from .image_files import add_reading_arguments
 from .model import add_model_arguments, load_model, metric_name
+from .outputs import check_output
 
 if TYPE_CHECKING:
     from ..export.exporters import Record
@@ -94,6 +95,8 @@ def _run_export(options: argparse.Namespace) -> None:
         raise CommandError("--int8 and --calibration FOLDER go together: give both or neither")
     if options.check and name == "coreml":
         raise CommandError("--check cannot run a Core ML package: it runs on Apple devices alone")
+    given = [options.checkpoint, options.weights]
+    check_output(options.output, [path for path in given if path is not None])
     names = list_images(options.calibration) if options.int8 else []
     if options.int8 and not names:
         raise CommandError(f"{options.calibration} holds no images to calibrate on")

@@ -12,7 +12,8 @@ import torch
 from torch import Tensor
 
 from ..lpips import LPIPS
-from .exporters import RECORD_KEY, ExportError, Record, format_of, require
+from .exporters import RECORD_KEY, Record, format_of, require
+from .files import ExportError
 
 __all__ = ["Exported", "check_exported", "load_exported"]
 
@@ -59,6 +60,8 @@ def load_exported(path: str | os.PathLike[str], threads: int | None = None) -> E
         raise ExportError(f"{source} cannot be run here: Core ML runs on Apple devices alone")
     if not source.exists():
         raise ExportError(f"there is no file {source}")
+    if not source.is_file():  # a pipe would be waited for
+        raise ExportError(f"{source} is not a regular file")
     loaders = {
         "onnx": _load_onnx,
         "torch-export": _load_program,

@@ -47,6 +47,7 @@ from torch import Tensor
 
 from ..lpips import LPIPS
 from ..version import __version__
+from .files import ExportError, check_target, copy_whole, folder_in_its_place, write_whole
 from .portable import PortableLPIPS, smallest_dynamic_size
 
 if TYPE_CHECKING:
@@ -79,10 +80,6 @@ _LARGEST_SIZE = 16384
 
 # What most runtimes of today read; nothing in the graph needs a later one.
 _OPSET = 18
-
-
-class ExportError(RuntimeError):
-    """A file could not be written, read, or trusted; the message is one sentence."""
 
 
 @dataclass(frozen=True)
@@ -130,9 +127,13 @@ class Record:
         try:
             found = json.loads(text)
             known = {field.name: found[field.name] for field in fields(cls)}
-        except (ValueError, KeyError, TypeError) as error:
+            for name in ("layers", "image_size"):
+                known[name] = tuple(int(number) for number in known[name])
+            if known["dynamic"] not in get_args(Dynamic) or len(known["image_size"]) != 2:
+                raise ValueError(f"dynamic is {known['dynamic']!r}")
+            known["batch"], known["minimum_size"] = int(known["batch"]), int(known["minimum_size"])
+        except (ValueError, KeyError, TypeError, RecursionError) as error:
             raise ValueError("no record of lpips_fast") from error
-        known["layers"], known["image_size"] = tuple(known["layers"]), tuple(known["image_size"])
         return cls(**known)
 
     def __str__(self) -> str:
@@ -221,16 +222,6 @@ def _portable(model: LPIPS, record: Record, fused: bool = False) -> PortableLPIP
         batch=record.batch if record.dynamic == "none" else None,
         image_size=None if record.dynamic == "all" else record.image_size,
     )
-
-
-def _target(path: str | os.PathLike[str], suffix: str) -> Path:
-    """The path, before any work is done for it."""
-    target = Path(path)
-    if target.suffix.lower() != suffix:
-        raise ValueError(f"cannot write {target}: the file's name must end in {suffix}")
-    if not target.parent.is_dir():
-        raise ExportError(f"cannot write {target}: its folder does not exist")
-    return target
 
 
 def require(package: str, extra: str, purpose: str) -> Any:
@@ -337,14 +328,16 @@ def export_torch(
         path: of the file, ending in ``.pt2``; its folder exists.
 
     Raises:
-        ExportError: the folder does not exist.
+        ExportError: it cannot be written there, what had the name before is left as it was.
     """
-    target = _target(path, ".pt2")
+    target = check_target(path, ".pt2")
     least = smallest_dynamic_size(model) if dynamic == "all" else None
     record = _record(model, image_size, batch, dynamic, normalize, least)
     program = _program(model, record, fused)
+    content = io.BytesIO()
     with _quietly():
-        torch.export.save(program, target, extra_files={RECORD_KEY: record.to_json()})
+        torch.export.save(program, content, extra_files={RECORD_KEY: record.to_json()})
+    write_whole(target, content.getvalue())
     return record
 
 
@@ -373,15 +366,15 @@ def export_torchscript(
         path: of the file, ending in ``.ts``; its folder exists.
 
     Raises:
-        ExportError: the folder does not exist.
+        ExportError: it cannot be written there, what had the name before is left as it was.
         ValueError, TypeError: as :func:`export_program`.
     """
-    target = _target(path, ".ts")
+    target = check_target(path, ".ts")
     record = _record(model, image_size, 2, "all", normalize)
+    content = io.BytesIO()
     with _quietly():
-        torch.jit.save(
-            _traced(model, record), str(target), _extra_files={RECORD_KEY: record.to_json()}
-        )
+        torch.jit.save(_traced(model, record), content, _extra_files={RECORD_KEY: record.to_json()})
+    write_whole(target, content.getvalue())
     return record
 
 
@@ -414,7 +407,7 @@ def export_onnx(
 
     Raises:
         ImportError: ``onnx`` or ``onnxscript`` is not installed.
-        ExportError: the folder does not exist.
+        ExportError: it cannot be written there, what had the name before is left as it was.
         ValueError, TypeError: as :func:`export_program`.
 
     Example:
@@ -422,7 +415,7 @@ def export_onnx(
         >>> print(export_onnx(model, "lpips.onnx"))          # doctest: +SKIP
         in0, in1: float32 (batch, 3, height, width) in [-1, 1], from 31 pixels a side -> …
     """
-    target = _target(path, ".onnx")
+    target = check_target(path, ".onnx")
     if opset < _OPSET:
         raise ValueError(f"opset is {opset}, expected {_OPSET} or later")
     onnx = require("onnx", "export", "writing ONNX")
@@ -444,7 +437,7 @@ def export_onnx(
     _strip(graph)
     onnx.helper.set_model_props(graph, {RECORD_KEY: record.to_json()})
     onnx.checker.check_model(graph)
-    onnx.save_model(graph, str(target))
+    write_whole(target, graph.SerializeToString())
     return record
 
 
@@ -484,10 +477,10 @@ def export_openvino(
 
     Raises:
         ImportError: ``openvino``, ``onnx`` or ``onnxscript`` is not installed.
-        ExportError: the folder does not exist.
+        ExportError: it cannot be written there, what had the name before is left as it was.
         ValueError, TypeError: as :func:`export_program`.
     """
-    target = _target(path, ".xml")
+    target = check_target(path, ".xml")
     require("openvino", "openvino", "writing OpenVINO's files")
     with tempfile.TemporaryDirectory() as folder:
         source = Path(folder) / "lpips.onnx"
@@ -504,7 +497,12 @@ def onnx_to_openvino(source: Path, target: Path, record: Record) -> None:
     with _quietly():
         converted = openvino.convert_model(str(source))
         converted.set_rt_info(record.to_json(), [RECORD_KEY])
-        openvino.save_model(converted, str(target), compress_to_fp16=False)
+        with tempfile.TemporaryDirectory() as folder:
+            made = Path(folder) / target.name
+            openvino.save_model(converted, str(made), compress_to_fp16=False)
+            # The graph last: it is what is opened, and then its weights are there.
+            for suffix in (".bin", target.suffix):
+                copy_whole(made.with_suffix(suffix), target.with_suffix(suffix))
 
 
 def export_coreml(
@@ -532,7 +530,7 @@ def export_coreml(
             cannot enlarge.
         ValueError, TypeError: as :func:`export_program`.
     """
-    target = _target(path, ".mlpackage")
+    target = check_target(path, ".mlpackage", is_folder=True)
     record = _record(model, image_size, batch, dynamic, normalize)
     if record.spatial and dynamic == "all":
         raise ExportError(
@@ -559,7 +557,8 @@ def export_coreml(
         )
         converted.short_description = f"LPIPS {model.pnet_type}, version {model.version}"
         converted.user_defined_metadata[RECORD_KEY] = record.to_json()
-        converted.save(str(target))
+        with folder_in_its_place(target) as made:
+            converted.save(str(made))
     return record
 
 

@@ -44,13 +44,13 @@ from .exported import Exported, load_exported
 from .exporters import (
     RECORD_KEY,
     Dynamic,
-    ExportError,
     Record,
     export_onnx,
     format_of,
     onnx_to_openvino,
     require,
 )
+from .files import ExportError, check_target, copy_whole
 
 __all__ = ["Method", "QuantizationReport", "QuantizationWarning", "graded_distortions", "quantize"]
 
@@ -202,8 +202,7 @@ def quantize(
             + (", or .xml with the static method" if name != "openvino" else " with this method")
         )
     _check_images(images)
-    if not target.parent.is_dir():
-        raise ExportError(f"cannot write {target}: its folder does not exist")
+    check_target(target, target.suffix.lower())
     require("onnxruntime", "export", "quantisation")
     if name == "openvino":
         require("openvino", "openvino", "writing OpenVINO's files")
@@ -220,7 +219,7 @@ def quantize(
         source = Path(folder) / "float32.onnx"
         size = (images.shape[2], images.shape[3])
         record = export_onnx(model, source, image_size=size, dynamic=dynamic, normalize=normalize)
-        made = target if name == "onnx" else Path(folder) / "int8.onnx"
+        made = Path(folder) / "int8.onnx"
         _write(source, made, as_the_file_takes(images[seen]), method)
         record = replace(record, quantized=True)
         _sign(made, record)
@@ -228,6 +227,8 @@ def quantize(
             onnx_to_openvino(made, target, record)
             onnx_to_openvino(source, source.with_suffix(".xml"), replace(record, quantized=False))
             source = source.with_suffix(".xml")
+        else:
+            copy_whole(made, target)
         full, small = load_exported(source), load_exported(target)
         found, expected = _distances(full, small, measured_on, as_the_file_takes)
         times = _times(full, small, as_the_file_takes(images[:1]))

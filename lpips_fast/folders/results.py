@@ -322,6 +322,7 @@ class ResultFile(Results):
             return
         rows = self._take_up(record_lines)
         text = self._check_csv(csv_bytes, rows)
+        self._record.cut(sum(map(len, record_lines)))  # not before: what is refused stays as it is
         self._keep(rows)
         # What stays as it is is not written again: of a finished run, nothing is.
         self._csv.begin_with(text)
@@ -332,7 +333,6 @@ class ResultFile(Results):
     def _whole_lines_of_record(self) -> list[str]:
         content = self._record.read()
         whole = content.rfind(b"\n") + 1
-        self._record.cut(whole)
         return content[:whole].decode("ascii", "replace").splitlines(keepends=True)
 
     def _take_up(self, lines: list[str]) -> dict[Key, list[Recorded]]:

@@ -50,24 +50,31 @@ class Fingerprint:
     digest: str
 
 
-def read_file(path: str | os.PathLike[str], *, max_bytes: int) -> tuple[bytes, Fingerprint]:
+def read_file(
+    path: str | os.PathLike[str],
+    *,
+    max_bytes: int,
+    expected: str = "an image file",
+    limit: str = "no image within the limit of pixels needs more than",
+) -> tuple[bytes, Fingerprint]:
     """The bytes of a regular file and the fingerprint of these very bytes.
 
     Args:
         path: the file.
         max_bytes: a larger one is refused before it is read.
+        expected, limit: what is read here, and why it is no larger, for messages.
 
     Raises:
         ImageError: no such file, not a regular file, empty, too large, or unreadable.
     """
     name = quoted(path)
-    descriptor = _open_regular(path, name)
+    descriptor = _open_regular(path, name, expected)
     with os.fdopen(descriptor, "rb", buffering=0) as file:
         status = os.fstat(descriptor)
         if status.st_size > max_bytes:
             raise ImageError(
-                f"refusing to read {name}: the file has {status.st_size:,} bytes, and no image "
-                f"within the limit of pixels needs more than {max_bytes:,}"
+                f"refusing to read {name}: the file has {status.st_size:,} bytes, and "
+                f"{limit} {max_bytes:,}"
             )
         try:
             data = _read(file, status.st_size + 1)
@@ -107,7 +114,7 @@ def quoted(path: str | os.PathLike[str]) -> str:
     return f"'{text}'"
 
 
-def _open_regular(path: str | os.PathLike[str], name: str) -> int:
+def _open_regular(path: str | os.PathLike[str], name: str, expected: str = "a file") -> int:
     # Without O_NONBLOCK, opening a pipe waits for somebody to write to it. What is opened is looked
     # at, not the path: between the two another file might take its place.
     flags = os.O_RDONLY | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_BINARY", 0)
@@ -120,16 +127,16 @@ def _open_regular(path: str | os.PathLike[str], name: str) -> int:
         reason = "no such file, only a link to one" if os.path.islink(path) else "no such file"
         raise ImageError(f"cannot read {name}: {reason}") from error
     except IsADirectoryError as error:
-        raise ImageError(f"cannot read {name}: it is a folder, expected an image file") from error
+        raise ImageError(f"cannot read {name}: it is a folder, expected {expected}") from error
     except (OSError, ValueError) as error:  # ValueError: a NUL in the name
         kind = _kind_at(path)
-        reason = f"it is {kind}, expected an image file" if kind else _reason(error)
+        reason = f"it is {kind}, expected {expected}" if kind else _reason(error)
         raise ImageError(f"cannot read {name}: {reason}") from error
     status = os.fstat(descriptor)
     if not stat.S_ISREG(status.st_mode):
         os.close(descriptor)
         kind = _kind(status.st_mode) or "no regular file"
-        raise ImageError(f"cannot read {name}: it is {kind}, expected an image file")
+        raise ImageError(f"cannot read {name}: it is {kind}, expected {expected}")
     return descriptor
 
 

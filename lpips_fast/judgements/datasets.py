@@ -15,6 +15,8 @@ such as ``2afc/val/cnn``. Reading needs Pillow (``pip install "lpips-fast[images
 from __future__ import annotations
 
 import hashlib
+import io
+import math
 import os
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -25,6 +27,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
+from ..images.files import read_file
 from ..images.reading import ImageError, image_to_tensor, read_image_uint8
 
 if TYPE_CHECKING:
@@ -34,6 +37,9 @@ if TYPE_CHECKING:
 __all__ = ["JNDDataset", "JudgementsError", "TwoAFCDataset", "load_batches"]
 
 PATCH_SIZE = 64
+
+# A file of one number has 128 bytes and the number; a long header may be wider.
+_MAX_JUDGEMENT = 64 * 1024
 
 _IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".ppm", ".bmp", ".webp", ".tif", ".tiff")
 
@@ -330,18 +336,45 @@ def _read_patch(path: Path, size: int | None) -> Tensor:
 
 def _read_judgement(path: Path) -> Tensor:
     try:
-        value = np.load(path, allow_pickle=False)
-    except (OSError, ValueError, EOFError) as error:
+        data, _ = read_file(
+            path,
+            max_bytes=_MAX_JUDGEMENT,
+            expected="a NumPy array",
+            limit="one number needs no more than",
+        )
+    except ImageError as error:
+        raise JudgementsError(str(error)) from error
+    try:
+        _check_shape(data, path)
+        value = np.load(io.BytesIO(data), allow_pickle=False)
+    except JudgementsError:
+        raise
+    except Exception as error:  # a damaged header fails in NumPy's, Python's and tokenize's ways
         reason = " ".join(str(error).split()) or type(error).__name__
         raise JudgementsError(f"cannot read {path} as a NumPy array: {reason}") from error
-    if not isinstance(value, np.ndarray) or value.size != 1:
-        held = f"an array of shape {value.shape}" if isinstance(value, np.ndarray) else "an archive"
-        raise JudgementsError(f"{path} holds {held}, expected one number in [0, 1]")
     try:
         number = float(value.reshape(()).item())
     except (TypeError, ValueError) as error:
         raise JudgementsError(f"{path} holds {value.dtype}, expected a number in [0, 1]") from error
     return torch.tensor(_checked_fraction(number, str(path)), dtype=torch.float32)
+
+
+def _check_shape(data: bytes, path: Path) -> None:
+    """Before memory is taken for what a header declares."""
+    file = io.BytesIO(data)
+    if data.startswith(b"PK"):
+        raise JudgementsError(f"{path} holds an archive, expected one number in [0, 1]")
+    version = np.lib.format.read_magic(file)
+    if version == (1, 0):
+        shape, _, _ = np.lib.format.read_array_header_1_0(file)
+    elif version == (2, 0):
+        shape, _, _ = np.lib.format.read_array_header_2_0(file)
+    else:
+        raise ValueError(f"its format is version {version[0]}.{version[1]}, expected 1.0 or 2.0")
+    if math.prod(shape) != 1:
+        raise JudgementsError(
+            f"{path} holds an array of shape {shape}, expected one number in [0, 1]"
+        )
 
 
 def _checked_fraction(value: float, name: str) -> float:

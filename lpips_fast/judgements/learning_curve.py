@@ -10,12 +10,14 @@ import itertools
 import os
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, BinaryIO
+
+from ..weights.whole_files import appearing
 
 if TYPE_CHECKING:
     from .training import EpochRecord
 
-__all__ = ["require_matplotlib", "save_learning_curve"]
+__all__ = ["draw_learning_curve", "require_matplotlib", "save_learning_curve"]
 
 # Paul Tol's bright palette, which readers with any colour vision can tell apart.
 _TRAINING, _VALIDATION, _PEOPLE = "#4477aa", "#ee6677", "#555555"
@@ -55,7 +57,31 @@ def save_learning_curve(
     Raises:
         ValueError: the history is empty.
         ImportError: Matplotlib is not installed.
+        OSError: the picture cannot be written; what had its name before is still there.
     """
+    path = Path(path)
+    with appearing(path) as file:
+        draw_learning_curve(
+            history,
+            file,
+            path.suffix.removeprefix(".") or "png",
+            title=title,
+            decay_from=decay_from,
+            people=people,
+        )
+    return path
+
+
+def draw_learning_curve(
+    history: Sequence[EpochRecord],
+    file: BinaryIO,
+    format: str,
+    *,
+    title: str | None = None,
+    decay_from: int | None = None,
+    people: float | None = None,
+) -> None:
+    """:func:`save_learning_curve` into an open file, in a format that Matplotlib writes."""
     if not history:
         raise ValueError("the history is empty: there is nothing to draw")
     require_matplotlib()
@@ -115,5 +141,4 @@ def save_learning_curve(
         axes.xaxis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1))
         axes.spines[["top", "right"]].set_visible(False)
     score_axes.legend(frameon=False, fontsize="small", loc="center left", bbox_to_anchor=(1, 0.5))
-    figure.savefig(path, dpi=150)
-    return Path(path)
+    figure.savefig(file, dpi=150, format=format)

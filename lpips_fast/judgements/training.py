@@ -28,6 +28,7 @@ import csv
 import dataclasses
 import functools
 import hashlib
+import io
 import json
 import math
 import os
@@ -48,7 +49,8 @@ from ..normalization import Normalization
 from ..weights import read_state_dict
 from .cached_triplets import CachedTriplets, cache_triplets
 from .datasets import load_batches
-from .learning_curve import save_learning_curve
+from .learning_curve import draw_learning_curve
+from .run_folder import RunFolder, TrainingError, writing
 from .scoring import (
     evaluate_2afc,
     people_agreement,
@@ -56,6 +58,7 @@ from .scoring import (
     triplet_distances,
     two_afc_agreement,
 )
+from .training_state import check_state
 
 __all__ = [
     "EpochRecord",
@@ -79,10 +82,6 @@ CURVE_FILE = "learning_curve.png"
 
 # Seconds between two saves at least: an epoch without the trunk is over before a file is written.
 _SAVE_INTERVAL = 10.0
-
-
-class TrainingError(RuntimeError):
-    """Training cannot begin or go on; the message says why and what to do."""
 
 
 @dataclass(frozen=True)
@@ -463,7 +462,8 @@ class Trainer:
 
         Raises:
             TrainingError: the folder holds a run and ``resume`` is not set, or holds none and it
-                is, or holds one of other options, another model or other data.
+                is, or holds one of other options, another model or other data; or another run
+                writes to it, or it cannot be written to.
         """
         folder = Path(folder)
         state = folder / STATE_FILE
@@ -473,7 +473,11 @@ class Trainer:
             raise TrainingError(
                 f"{folder} already holds a training run: resume it, or choose another folder"
             )
-        folder.mkdir(parents=True, exist_ok=True)
+        with RunFolder(folder) as place:
+            self._run(place, curve)
+        return self.history
+
+    def _run(self, place: RunFolder, curve: bool) -> None:
         if self.caches:
             self._fill_cache()  # has a bar of its own
         size, epochs = len(self.dataset), self.options.total_epochs
@@ -491,30 +495,42 @@ class Trainer:
                     shown["validation"] = record.mean_validation_2afc
                 self._bar.set_postfix({name: f"{value:.4f}" for name, value in shown.items()})
                 if self.epoch == epochs or time.monotonic() - saved >= _SAVE_INTERVAL:
-                    self.save(folder, curve=curve)
+                    place.restore()
+                    self.save(place.path, curve=curve)
                     saved = time.monotonic()
         self._bar = None
-        return self.history
 
     def save(self, folder: str | os.PathLike[str], *, curve: bool = True) -> None:
-        """Write the files that :meth:`run` describes."""
+        """Write the files that :meth:`run` describes; each appears whole or not at all.
+
+        Raises:
+            TrainingError: one cannot be written.
+        """
         folder = Path(folder)
-        folder.mkdir(parents=True, exist_ok=True)
+        kept = (folder / STATE_FILE).is_file()
         on_cpu = {name: value.cpu() for name, value in self.model.state_dict().items()}
-        _replace(folder / MODEL_FILE, lambda path: torch.save(on_cpu, path))
-        _replace(folder / LOG_FILE, self._write_log)
         summary = json.dumps(self._summary(), indent=2, allow_nan=False) + "\n"
-        _replace(folder / SUMMARY_FILE, lambda path: path.write_text(summary, encoding="utf-8"))
+        contents = (
+            (MODEL_FILE, _saved(on_cpu)),
+            (LOG_FILE, self._log_text().encode("utf-8")),
+            (SUMMARY_FILE, summary.encode("utf-8")),
+        )
+        for name, content in contents:
+            with writing(folder / name, kept=kept) as file:
+                file.write(content)
         if curve and self.history:
-            save_learning_curve(
-                self.history,
-                folder / CURVE_FILE,
-                title=f"LPIPS {self.model.pnet_type}, {len(self.dataset)} judgements",
-                decay_from=self.options.epochs + 1 if self.options.decay_epochs else None,
-                people=self.people_2afc,
-            )
+            with writing(folder / CURVE_FILE, kept=kept) as file:
+                draw_learning_curve(
+                    self.history,
+                    file,
+                    "png",
+                    title=f"LPIPS {self.model.pnet_type}, {len(self.dataset)} judgements",
+                    decay_from=self.options.epochs + 1 if self.options.decay_epochs else None,
+                    people=self.people_2afc,
+                )
         # Last: while it is there, the files above are those of its epoch or of the next.
-        _replace(folder / STATE_FILE, lambda path: torch.save(self._state(), path))
+        with writing(folder / STATE_FILE, kept=kept) as file:
+            file.write(_saved(self._state()))
 
     def _summary(self) -> dict[str, Any]:
         return {
@@ -530,17 +546,18 @@ class Trainer:
             "history": [dataclasses.asdict(record) for record in self.history],
         }
 
-    def _write_log(self, path: Path) -> None:
+    def _log_text(self) -> str:
         names = list(self.validation)
         head = ["epoch", "learning_rate", "loss", "train_2afc", "validation_2afc", "seconds"]
-        with path.open("w", newline="", encoding="utf-8") as file:
-            rows = csv.writer(file)
-            rows.writerow(head + [f"2afc:{name}" for name in names])
-            for record in self.history:
-                row: list[float | None] = [getattr(record, name) for name in head[:4]]
-                row += [record.mean_validation_2afc, record.seconds]
-                row += [record.validation_2afc.get(name) for name in names]
-                rows.writerow("" if value is None else f"{value:.7g}" for value in row)
+        text = io.StringIO(newline="")
+        rows = csv.writer(text)
+        rows.writerow(head + [f"2afc:{name}" for name in names])
+        for record in self.history:
+            row: list[float | None] = [getattr(record, name) for name in head[:4]]
+            row += [record.mean_validation_2afc, record.seconds]
+            row += [record.validation_2afc.get(name) for name in names]
+            rows.writerow("" if value is None else f"{value:.7g}" for value in row)
+        return text.getvalue()
 
     # ------------------------------------------------------------------------------- resume
 
@@ -584,19 +601,33 @@ class Trainer:
         """Go on from the state that :meth:`save` wrote.
 
         Raises:
-            TrainingError: there is none, or it is of a run with other options, model or data.
-            WeightsError: the file is damaged.
+            TrainingError: there is none, or it is of a run with other options, model or data, or
+                does not hold what it should. The run stays as it was.
+            WeightsError: the file cannot be read.
         """
         path = Path(path)
         if not path.is_file():
             raise TrainingError(f"there is no training run to resume: {path} does not exist")
         state = read_state_dict(path)
-        if not isinstance(state, Mapping) or "identity" not in state:
+        if not isinstance(state, Mapping) or not isinstance(state.get("identity"), Mapping):
             raise TrainingError(f"{path} is not the state of a training run")
         for name, now in self._identity.items():
             then = state["identity"].get(name)
-            if then != now:
+            if isinstance(then, Tensor) or then != now:
                 raise TrainingError(f"{path.parent} cannot be resumed: {_other(name, then, now)}")
+        try:
+            check_state(
+                state,
+                learned=self._learned(),
+                ranking_loss=self.ranking_loss.state_dict(),
+                optimizer=self.optimizer,
+                total_epochs=self.options.total_epochs,
+            )
+        except ValueError as error:
+            raise TrainingError(
+                f"{path} is damaged, {error}: bring back a copy of it, or begin again in another "
+                "folder"
+            ) from error
         with torch.no_grad():
             for name, parameter in self._learned().items():
                 parameter.copy_(state["learned"][name])
@@ -624,11 +655,8 @@ def _seeded(seed: int, epoch: int, device: torch.device) -> Iterator[None]:
         yield
 
 
-def _replace(path: Path, write: Any) -> None:
-    """Write a file that appears whole or not at all."""
-    partial = path.with_name(path.name + ".partial")
-    try:
-        write(partial)
-        partial.replace(path)
-    finally:
-        partial.unlink(missing_ok=True)
+def _saved(content: Any) -> bytes:
+    """As ``torch.save`` writes it. To a file it tells of a full disk in words of its own."""
+    file = io.BytesIO()
+    torch.save(content, file)
+    return file.getvalue()

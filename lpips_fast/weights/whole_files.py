@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import os
 import uuid
 from collections.abc import Iterator
@@ -26,8 +27,11 @@ def appearing(path: Path) -> Iterator[BinaryIO]:
     left is known by that, and removed here.
 
     Raises:
-        OSError: the folder cannot be made or written to, or the disk is full.
+        OSError: the folder cannot be made or written to, the disk is full, or something that is
+            no regular file has the name, which would be lost: a folder, a pipe, a device.
     """
+    if path.exists() and not path.is_file():
+        raise OSError(errno.EINVAL, "it is not a regular file", os.fspath(path))
     path.parent.mkdir(parents=True, exist_ok=True)
     remove_abandoned(path)
     partial, file = _create(path)

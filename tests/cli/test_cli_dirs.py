@@ -721,6 +721,8 @@ def test_an_input_is_never_an_output(
 ) -> None:
     image = folders[0] / "0.png"
     before = image.read_bytes()
+    assert call("dirs", *folders, "-o", image, RANDOM, "--overwrite") == 2
+    assert "does not end in .csv" in capsys.readouterr().err
     for output in ("link.csv", "hard.csv"):
         path = tmp_path / output
         path.symlink_to(image) if output == "link.csv" else os.link(image, path)

@@ -1,11 +1,16 @@
 from __future__ import annotations
 
+import errno
+import os
+
 import numpy as np
 import pytest
 import torch
 
+import lpips_fast
 from lpips_fast.cli import main
 from lpips_fast.export.exported import load_exported
+from lpips_fast.export.files import ExportError, write_whole
 
 RANDOM = ("--random-trunk", "--net", "alex", "--layers", "0,1")
 
@@ -111,3 +116,49 @@ def test_wrong_command_lines(capsys, arguments):
     with pytest.raises(SystemExit) as stopped:
         main(["export", *arguments])
     assert stopped.value.code == 2
+
+
+def test_an_export_that_fails_leaves_what_was_there(capsys, tmp_path, monkeypatch):
+    path = tmp_path / "m.ts"
+    path.write_text("before")
+
+    def refuse(source, target):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(os, "replace", refuse)
+    code, _, err = run(capsys, path, *RANDOM)
+    assert code == 1
+    assert err.splitlines()[-1].endswith(f"cannot write {path}: No space left on device")
+    assert path.read_text() == "before" and os.listdir(tmp_path) == ["m.ts"]
+
+
+def test_an_export_takes_the_place_of_what_a_link_leads_to(capsys, tmp_path):
+    (tmp_path / "real.ts").write_text("before")
+    (tmp_path / "m.ts").symlink_to("real.ts")
+    assert run(capsys, tmp_path / "m.ts", *RANDOM)[0] == 0
+    assert (tmp_path / "m.ts").is_symlink()
+    assert load_exported(tmp_path / "real.ts").record.net == "alex"
+
+
+def test_exports_to_what_is_no_file(capsys, tmp_path):
+    (tmp_path / "m.ts").mkdir()
+    (tmp_path / "null.pt2").symlink_to("/dev/null")
+    os.mkfifo(tmp_path / "pipe.ts")
+    (tmp_path / "m.mlpackage").touch()
+    for name in ("m.ts", "null.pt2", "pipe.ts", "m.mlpackage"):
+        code, _, err = run(capsys, tmp_path / name, *RANDOM)
+        assert code == 1 and "what has this name is not a" in err.splitlines()[-1]
+    with pytest.raises(ExportError, match="is not a regular file"):
+        load_exported(tmp_path / "pipe.ts")
+
+
+def test_an_export_whose_folder_vanishes(tmp_path, monkeypatch):
+    with pytest.raises(ExportError, match=r"m\.ts: its folder has gone"):
+        write_whole(tmp_path / "gone" / "m.ts", b"")
+
+
+def test_an_export_never_overwrites_the_checkpoint(capsys, tmp_path):
+    torch.save(lpips_fast.LPIPS(pnet_rand=True, verbose=False).state_dict(), tmp_path / "c.pth")
+    os.link(tmp_path / "c.pth", tmp_path / "m.ts")
+    code, _, err = run(capsys, tmp_path / "m.ts", "--checkpoint", tmp_path / "c.pth")
+    assert code == 1 and "c.pth, which is read: name another file" in err.splitlines()[-1]

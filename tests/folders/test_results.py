@@ -407,6 +407,18 @@ def test_a_damaged_record_is_refused_with_its_line(
     assert contents(path) == before
 
 
+def test_a_torn_row_of_a_record_that_is_refused_stays(tmp_path: Path, pairs: list[Pair]) -> None:
+    path = tmp_path / "out.csv"
+    write(path, pairs, make_rows(pairs))
+    path.write_bytes(path.read_bytes().replace(b"1.png", b"?.png", 1))
+    record = record_path(path)
+    record.write_bytes(record.read_bytes()[:-5])
+    before = contents(path)
+    with pytest.raises(ResultFileError, match="does not agree"):
+        open_file(path, pairs)
+    assert contents(path) == before
+
+
 def test_a_number_that_was_edited_in_the_record_alone_is_found(
     tmp_path: Path, pairs: list[Pair]
 ) -> None:

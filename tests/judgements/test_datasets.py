@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 from pathlib import Path
 from types import ModuleType
@@ -223,7 +224,7 @@ def test_images_that_differ_in_size(tmp_path: Path, rng: np.random.Generator) ->
 @pytest.mark.parametrize(
     ("content", "message"),
     [
-        (b"", "cannot read .*000000.npy as a NumPy array"),
+        (b"", "cannot read .*000000.npy': the file is empty"),
         (b"not an array", "cannot read .*000000.npy as a NumPy array"),
         (np.array([{}], dtype=object), "cannot read .*000000.npy as a NumPy array"),
         (np.array([0.5, 0.5]), r"holds an array of shape \(2,\), expected one number"),
@@ -272,3 +273,47 @@ def test_a_missing_pillow_is_named(
         list(load_batches(JNDDataset(tmp_path), 1))
     with pytest.raises(ImportError, match=r"lpips-fast\[images\]"):
         JNDDataset.write(tmp_path, "b", 0.5, p0=pixels(rng), p1=pixels(rng))
+
+
+HUGE = b"\x93NUMPY\x01\x00\x76\x00{'descr': '<f4', 'fortran_order': False, 'shape': (%s,), }"
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (os.mkfifo, "it is a pipe, expected a NumPy array"),
+        (os.mkdir, "it is a folder, expected a NumPy array"),
+        (lambda path: path.symlink_to("nowhere"), "no such file, only a link to one"),
+        (lambda path: path.symlink_to("/dev/zero"), "it is a device, expected a NumPy array"),
+        (
+            lambda path: (path.touch(), os.truncate(path, 2**40)),
+            "the file has 1,099,511,627,776 bytes, and one number needs no more than 65,536",
+        ),
+        (
+            lambda path: path.write_bytes((HUGE % b"1000000000000").ljust(127) + b"\n"),
+            r"holds an array of shape \(1000000000000,\), expected one number",
+        ),
+        (
+            lambda path: path.write_bytes((HUGE % b"alse, 'a': (").ljust(127) + b"\n"),
+            "as a NumPy array: ",
+        ),
+        (lambda path: path.write_bytes(b"\x93NUMPY\x03\x00"), "version 3.0, expected 1.0 or 2.0"),
+    ],
+)
+def test_what_is_no_judgement_is_told_and_not_waited_for(
+    tmp_path: Path, rng: np.random.Generator, make: Any, message: str
+) -> None:
+    write(TwoAFCDataset, tmp_path, rng, 1)
+    path = tmp_path / "judge" / "000000.npy"
+    path.unlink()
+    make(path)
+    with pytest.raises(JudgementsError, match=message):
+        TwoAFCDataset(tmp_path)[0]
+
+
+def test_a_judgement_that_vanishes(tmp_path: Path, rng: np.random.Generator) -> None:
+    write(TwoAFCDataset, tmp_path, rng, 2)
+    dataset = TwoAFCDataset(tmp_path)
+    (tmp_path / "judge" / "000001.npy").unlink()
+    with pytest.raises(JudgementsError, match=r"000001\.npy': no such file"):
+        list(load_batches(dataset, 1, workers=1))

@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import csv
+import errno
 import json
+import os
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from types import ModuleType
@@ -18,6 +21,7 @@ from torch import Tensor
 import lpips_fast
 from lpips_fast.comparison.linear import linear_weight
 from lpips_fast.judgements import training
+from lpips_fast.judgements.run_folder import RunFolder
 from lpips_fast.judgements.scoring import evaluate_2afc
 from lpips_fast.judgements.training import (
     EpochRecord,
@@ -482,3 +486,174 @@ def test_a_damaged_state_is_told(items: list[toy.Item], tmp_path: Path) -> None:
     torch.save({"lin0": torch.zeros(1)}, state)
     with pytest.raises(TrainingError, match="not the state of a training run"):
         trainer(items).run(tmp_path, resume=True)
+
+
+# --------------------------------------------------------------------------- files that suffer
+
+
+def saved_state(items: list[toy.Item], folder: Path) -> dict[str, Any]:
+    run = trainer(items, validation={"val": items[:3]})
+    run.train_epoch()
+    run.save(folder, curve=False)
+    return torch.load(folder / "training_state.pth", weights_only=True)
+
+
+def first_name(state: dict[str, Any]) -> str:
+    return next(iter(state["learned"]))
+
+
+@pytest.mark.parametrize(
+    ("damage", "message"),
+    [
+        (lambda s: s.update(epoch=None), "its epoch is None, expected 0 to 3"),
+        (lambda s: s.update(epoch=4), "its epoch is 4, expected 0 to 3"),
+        (lambda s: s.update(epoch=2), "it has 1 records of 2 epochs"),
+        (lambda s: s.pop("history"), "it has no records of 1 epochs"),
+        (lambda s: s["history"][0].pop("loss"), "its record of epoch 1 is none"),
+        (lambda s: s["history"][0].update(epoch=3), "its record of epoch 1 is none"),
+        (lambda s: s["history"][0].update(loss=float("nan")), "what is no finite number"),
+        (lambda s: s["history"][0].update(validation_2afc=[0.5]), "no scores by name"),
+        (lambda s: s.update(people_2afc="many"), "people_2afc is 'many', expected a number"),
+        (lambda s: s.update(learned=[]), "learned is list, expected tensors by name"),
+        (lambda s: s["learned"].pop(first_name(s)), "learned lacks "),
+        (lambda s: s["learned"].update(more=torch.ones(1)), "learned has more, which the model"),
+        (lambda s: s["learned"].update({first_name(s): 1}), "is 1, expected a tensor"),
+        (
+            lambda s: s["learned"].update({first_name(s): torch.ones(3)}),
+            r"is torch.float32 \(3,\), expected torch.float32 \(1, 64, 1, 1\)",
+        ),
+        (lambda s: s["learned"][first_name(s)].fill_(float("inf")), "holds NaN or infinity"),
+        (lambda s: s["ranking_loss"].clear(), "ranking_loss lacks "),
+        (lambda s: s.update(optimizer=0), "its optimizer is none"),
+        (lambda s: s["optimizer"]["param_groups"].pop(), "has other parameters or settings"),
+        (
+            lambda s: s["optimizer"]["param_groups"][0].update(weight_decay=9.0),
+            "has other parameters or settings",
+        ),
+        (lambda s: s["optimizer"]["state"].update({99: {}}), "moments of parameter 99"),
+        (lambda s: s["optimizer"]["state"][0].pop("step"), "moments of parameter 0 are none"),
+        (
+            lambda s: s["optimizer"]["state"][0].update(exp_avg=torch.ones(3)),
+            r"exp_avg of parameter 0 is torch.float32 \(3,\), expected",
+        ),
+        (lambda s: s["optimizer"]["state"][0]["exp_avg_sq"].fill_(-1), "0 are negative"),
+    ],
+)
+def test_a_state_that_lacks_something_is_refused_and_nothing_is_taken_from_it(
+    items: list[toy.Item], tmp_path: Path, damage: Callable[[Any], Any], message: str
+) -> None:
+    state = saved_state(items, tmp_path)
+    damage(state)
+    torch.save(state, tmp_path / "training_state.pth")
+    run = trainer(items, validation={"val": items[:3]})
+    before = parameters(run.model)
+    with pytest.raises(TrainingError, match=f"training_state.pth is damaged, .*{message}"):
+        run.run(tmp_path, resume=True, curve=False)
+    assert run.epoch == 0 and run.history == []
+    assert all(torch.equal(value, before[name]) for name, value in parameters(run.model).items())
+
+
+def test_a_half_written_state_is_told_at_any_length(items: list[toy.Item], tmp_path: Path) -> None:
+    saved_state(items, tmp_path)
+    state = tmp_path / "training_state.pth"
+    whole = state.read_bytes()
+    run = trainer(items, validation={"val": items[:3]})
+    for length in (0, 1, 100, len(whole) // 2, len(whole) - 1):
+        state.write_bytes(whole[:length])
+        with pytest.raises(WeightsError, match=r"training_state\.pth"):
+            run.run(tmp_path, resume=True, curve=False)
+    state.write_bytes(whole)
+    run.run(tmp_path, resume=True, curve=False)
+    assert run.epoch == 3
+
+
+@pytest.mark.parametrize(
+    "name", ["model.pth", "log.csv", "training.json", "learning_curve.png", "training_state.pth"]
+)
+def test_a_save_that_fails_leaves_the_last_one_whole(
+    items: list[toy.Item], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str
+) -> None:
+    pytest.importorskip("matplotlib", reason="the learning curve is drawn with Matplotlib")
+    run = trainer(items)
+    run.train_epoch()
+    run.save(tmp_path)
+    before = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
+    replace = os.replace
+
+    def refuse(source: Any, target: Any) -> None:
+        if Path(target).name == name:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        replace(source, target)
+
+    monkeypatch.setattr(os, "replace", refuse)
+    run.train_epoch()
+    with pytest.raises(
+        TrainingError,
+        match=f"cannot write .*{name}: No space left on device; the run as it was saved before",
+    ):
+        run.save(tmp_path)
+    assert {path.name for path in tmp_path.iterdir()} == before.keys()  # no halves left
+    for kept in (name, "training_state.pth"):
+        assert (tmp_path / kept).read_bytes() == before[kept]
+    monkeypatch.undo()
+    resumed = trainer(items)
+    resumed.run(tmp_path, resume=True, curve=False)
+    assert resumed.epoch == 3
+
+
+def test_folders_that_take_no_files(items: list[toy.Item], tmp_path: Path) -> None:
+    file = tmp_path / "file"
+    file.write_text("mine")
+    for folder, reason in ((file, "it is no folder"), (file / "run", "Not a directory")):
+        with pytest.raises(TrainingError, match=f"cannot write to {folder}: {reason}"):
+            trainer(items).run(folder, curve=False)
+    assert file.read_text() == "mine"
+    (tmp_path / "run" / "model.pth").mkdir(parents=True)
+    with pytest.raises(TrainingError, match=r"model\.pth: it is not a regular file"):
+        trainer(items).run(tmp_path / "run", curve=False)
+
+
+def test_two_runs_in_one_folder(items: list[toy.Item], tmp_path: Path) -> None:
+    refused = pytest.raises(TrainingError, match=r"another run writes to .*: wait for it to end")
+    with RunFolder(tmp_path), refused:
+        trainer(items).run(tmp_path, curve=False)
+    assert trainer(items).run(tmp_path, curve=False)
+
+
+def test_a_folder_that_vanishes_is_made_again(
+    items: list[toy.Item], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(training, "_SAVE_INTERVAL", 0.0)
+    folder = tmp_path / "run"
+    run = trainer(items)
+    train_epoch = run.train_epoch
+
+    def epoch_without_a_folder() -> EpochRecord:
+        if run.epoch == 1:
+            shutil.rmtree(folder)
+        return train_epoch()
+
+    monkeypatch.setattr(run, "train_epoch", epoch_without_a_folder)
+    run.run(folder, curve=False)
+    assert len((folder / "log.csv").read_text().splitlines()) == 1 + 3
+    assert trainer(items).run(folder, resume=True, curve=False) == run.history
+
+
+def test_a_folder_that_another_took_is_left_alone(
+    items: list[toy.Item], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = tmp_path / "run"
+    run = trainer(items)
+    train_epoch = run.train_epoch
+
+    def epoch_elsewhere() -> EpochRecord:
+        if run.epoch == 1:
+            folder.rename(tmp_path / "moved")
+            folder.mkdir()
+            (folder / "model.pth").write_text("another's")
+        return train_epoch()
+
+    monkeypatch.setattr(run, "train_epoch", epoch_elsewhere)
+    with pytest.raises(TrainingError, match="was replaced by another folder while a run wrote"):
+        run.run(folder, curve=False)
+    assert (folder / "model.pth").read_text() == "another's"
