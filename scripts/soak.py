@@ -123,6 +123,8 @@ def command_line(*arguments: object) -> Callable[[], int]:
             return cli.main(
                 [os.fsdecode(os.fspath(a)) if isinstance(a, Path) else str(a) for a in arguments]
             )
+        except KeyboardInterrupt:  # before the command line is read
+            return 130
         except SystemExit as end:
             return end.code if isinstance(end.code, int) else 1
 
@@ -290,7 +292,7 @@ def interrupted_runs(dice: Dice, folder: Path) -> None:
         os.kill(pid, number)
         stopped = time.monotonic()
         code = waited(pid, PATIENCE)
-        assert code in (0, 128 + number, -number), code
+        assert code in (0, 128 + number, -number), (code, (folder / "stopped.txt").read_text())
         if number == signal.SIGTERM:
             assert time.monotonic() - stopped < 30, time.monotonic() - stopped
     code, text = called(folder, *command, output)
