@@ -2,10 +2,9 @@
 
     python benchmarks/bench_compile.py
 
-``lpips`` is compiled in three ways: plain, channels-last, and under bfloat16 autocast. All calls of a
-row run in turn in one process; figures are medians. Also what a call costs the host, beside all
-arithmetic: a forward and a step where every operator of ours and every convolution is played, in
-microseconds. About a quarter of an hour on two cores, half of it for compiling.
+``lpips`` is compiled in three ways: plain, channels-last, and under bfloat16 autocast. All calls of
+a row run in turn in one process; figures are medians. About a quarter of an hour on two cores, half
+of it for compiling.
 """
 
 from __future__ import annotations

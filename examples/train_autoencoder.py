@@ -1,11 +1,10 @@
 """A small autoencoder trained with L1 and LPIPS, in plain PyTorch and compiled.
 
 Crops of photographs, scikit-image's or those in a folder, go through an encoder and a decoder under
-bfloat16 autocast; the loss is L1 + LPIPS, the latter by ``LPIPS(frozen=True)`` inside the module that
-is trained. The same training runs twice, from the same weights over the same crops: as it is, and
-with ``torch.compile`` around module and loss. Prints the time of a step of both and draws their
-curves. The default, 200 steps each, takes about TODO minutes on two cores, half a minute of it for
-compiling.
+bfloat16 autocast; the loss is L1 + LPIPS, the latter by ``LPIPS(frozen=True)`` inside the module
+that is trained. The same training runs twice, from the same weights over the same crops: as it is,
+and with ``torch.compile`` around module and loss. Prints the time of a step of both and draws their
+curves. The default, 200 steps each, takes about a minute on two cores.
 """
 
 from __future__ import annotations
