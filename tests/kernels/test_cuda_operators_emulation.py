@@ -146,7 +146,7 @@ class TestDistance:
         ours = distance.operators.masked_distance(*arguments)
         check_device(distance.calls())
         assert_same(ours, torch.ops.lpips_fast.masked_distance(*arguments))
-        ones = [torch.ones_like(p) for p in of_positions]
+        ones = [torch.ones_like(p).contiguous() for p in of_positions]
         plain = distance.operators.distance(a, b, w, EPS)
         assert torch.equal(distance.operators.masked_distance(a, b, w, ones, EPS), plain)
         # The gradient of its mean is that of the map, to the bit where all weights are 1.
