@@ -24,7 +24,7 @@ from torch import Tensor
 
 import lpips_fast
 from lpips_fast import functional
-from lpips_fast.comparison.masks import Mask
+from lpips_fast.comparison.masks import Mask, MaskMode
 from lpips_fast.images import read_image
 from lpips_fast.lpips import Net
 
@@ -72,7 +72,8 @@ def draw_meanings(path: Path) -> None:
     rows = figure.subplots(2, 5)
     with torch.no_grad():
         plain = model(*pair).item()
-        for row, mode in zip(rows, ("weighted", "fill")):
+        modes: tuple[MaskMode, ...] = ("weighted", "fill")
+        for row, mode in zip(rows, modes):
             model.spatial = False
             value = model(*pair, mask=mask, mask_mode=mode).item()
             model.spatial = True
