@@ -146,7 +146,7 @@ class TestInTheModel:
         _, expected = gradients(model, image, target)
         with torch.autocast("cpu", torch.bfloat16):
             _, got = gradients(model, image, target)
-        assert_same(got, expected, 0.1)
+        assert_same(got, expected, 0.2)  # of 8 bits
 
     @pytest.mark.parametrize("spatial", [False, True])
     @pytest.mark.parametrize("size", [(64, 64), (131, 197)], ids=str)
@@ -194,7 +194,7 @@ class TestInTheModel:
         _, got = gradients(half, image, target)
         _, expected = gradients(layer_by_layer(half), image, target)
         assert got[0].dtype == torch.float32
-        assert_same(got, expected, 0.1)
+        assert_same(got, expected, 0.2)  # of 8 bits
 
     def test_one_image_for_many_targets(self, model):
         image, target = image_pair(3, 64, 64, torch.float32, seed=torch.seed() % 2**31)
