@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from ..features import Features
-from ..images.heatmap import _COLOUR_MAP, _plane, _rgb, _shortened
+from ..images.heatmap import COLOUR_MAP, _shortened, plane_of, rgb_of
 from ..normalization import (
     NORMALIZATIONS,
     accumulator_dtype,
@@ -438,9 +438,9 @@ def plot_layer_maps(
     """
     if not maps:
         raise ValueError("expected the map of at least one layer, got none")
-    planes = {name: _plane(map) for name, map in maps.items()}
+    planes = {name: plane_of(map) for name, map in maps.items()}
     panels: list[tuple[str, NDArray[Any]]] = [
-        (_shortened(name, 2.4), _rgb(image)) for name, image in zip(names, (image0, image1))
+        (_shortened(name, 2.4), rgb_of(image)) for name, image in zip(names, (image0, image1))
     ]
     total = np.sum(list(planes.values()), axis=0)
     panels += [
@@ -471,7 +471,7 @@ def plot_layer_maps(
         top = brightest if shared_scale and not is_total else float(picture.max())
         drawn = axes.imshow(
             picture,
-            cmap=_COLOUR_MAP,
+            cmap=COLOUR_MAP,
             vmin=0,
             vmax=top if top > 0 else 1.0,  # equal images: any scale will do, if 0 is dark
             interpolation="antialiased",

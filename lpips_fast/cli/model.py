@@ -226,6 +226,13 @@ def metric_name(options: argparse.Namespace) -> str:
     return f"{trunk}{metric} {options.net}, version {options.version}{other}"
 
 
+def random_trunk_warning(options: argparse.Namespace) -> str:
+    """What stands above all else where numbers are not LPIPS; empty where they are."""
+    if not options.random_trunk:
+        return ""
+    return "The trunk is random (--random-trunk): these numbers are not LPIPS."
+
+
 def distance_name(options: argparse.Namespace) -> str:
     """What distances are called beside a scale: :func:`metric_name` in few words."""
     names = ["random-trunk"] if options.random_trunk else []

@@ -38,7 +38,7 @@ if TYPE_CHECKING:
 
     from ..lpips import LPIPS
 
-__all__ = ["Evaluation", "FolderGoneError", "Row", "default_workers"]
+__all__ = ["Evaluation", "FolderGoneError", "Row", "default_workers", "is_out_of_memory"]
 
 # A batch holds at most so many pixels of one side (four pairs of 256x256 on a CPU). More is no
 # faster there, and takes memory in every thread.
@@ -194,6 +194,14 @@ class Evaluation:
 
         return _in_order(measure, chunks, self.workers, self._stop)
 
+    def read(self, path: Path) -> NDArray[np.uint8]:
+        """An image as it is measured: 8-bit RGB (H, W, 3), resized and cropped.
+
+        Raises:
+            ValueError: it cannot be read, or is smaller than the crop.
+        """
+        return self._read_one(path)[0]
+
     def measure(self, pairs: Sequence[Pair]) -> list[Row]:
         """The rows of one chunk, in the calling thread."""
         rows: list[Row | None] = [None] * len(pairs)
@@ -276,7 +284,7 @@ class Evaluation:
             with self._room.take(group[0].pixels * len(group)), torch.inference_mode():
                 values, reasons = self._measured(group)
         except (MemoryError, RuntimeError) as error:
-            if not _is_out_of_memory(error):
+            if not is_out_of_memory(error):
                 raise
             if len(group) > 1:  # together they do not fit; one by one they may
                 for decoded in group:
@@ -384,7 +392,7 @@ def _in_order(
         pool.shutdown(cancel_futures=True)
 
 
-def _is_out_of_memory(error: Exception) -> bool:
+def is_out_of_memory(error: Exception) -> bool:
     """On a CPU torch says so in words alone."""
     if isinstance(error, (MemoryError, torch.OutOfMemoryError)):
         return True

@@ -1,0 +1,230 @@
+"""A run over folders as a page: its numbers all, pictures of the worst pairs.
+
+The pictures are made after the run, of files that are read again: a run that goes on, or that finds
+nothing to do, has the same page as one that measured everything.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from typing import TYPE_CHECKING
+
+import torch
+
+from ..analysis.parts import layer_contributions, layer_maps
+from ..folders.evaluating import Evaluation, is_out_of_memory
+from ..folders.measures import Column as MeasuredColumn
+from ..folders.measures import Distance
+from ..folders.pairing import Pair, told_apart
+from ..folders.results import Results
+from ..folders.summary import Statistics, number_text
+from ..images.heatmap import plane_of
+from ..images.reading import image_to_tensor
+from .histogram import histograms
+from .page import Card, Column, Entry, Page, Panel, Part, Spread, Table
+from .pictures import map_picture, thumbnail
+
+if TYPE_CHECKING:
+    from ..lpips import LPIPS
+
+__all__ = ["PICTURED", "page_of_run", "parts_of"]
+
+#: Of so many pairs, the worst, a page has pictures.
+PICTURED = 200
+
+_Step = Callable[[int], object]
+
+
+def page_of_run(
+    results: Results,
+    evaluation: Evaluation,
+    *,
+    title: str,
+    subtitle: str,
+    facts: Mapping[str, str],
+    called: Mapping[str, str] | None = None,
+    warning: str = "",
+    progress: _Step = lambda count: None,
+) -> Page:
+    """The page of a run that has come to its end.
+
+    Args:
+        results: its rows.
+        evaluation: what measured them; it reads the images for the pictures.
+        title, subtitle, facts, warning: as for :class:`Page`.
+        called: what to call a folder, where its label is not it.
+        progress: is called with the number of pairs of which pictures were made.
+
+    Worst is what has the largest distance, or where LPIPS was not measured the worst number of the
+    first column. Of pairs that could not be measured there are no pictures, but the reason.
+    """
+    columns = evaluation.columns
+    models = {m.columns[0].name: m.model for m in evaluation.measures if isinstance(m, Distance)}
+    # Pictures and order are of one column: the first that is a distance.
+    by = next((k for k, column in enumerate(columns) if column.name in models), 0)
+    model = models.get(columns[by].name)
+    first = _worst(results.numbers[by], columns[by].higher_is_better)[:PICTURED]
+    errors = {(row.name, row.folder): row.error for row in results.failed}
+    entries = [
+        Entry(
+            pair.name,
+            tuple(_text(numbers[k]) for numbers in results.numbers),
+            pair.folder,
+            errors.get((pair.name, pair.folder), ""),
+        )
+        for k, pair in enumerate(results.pairs)
+    ]
+    for k in first:
+        if model is not None and not math.isnan(results.numbers[by][k]):
+            entries[k] = _with_pictures(entries[k], results.pairs[k], evaluation, model)
+        progress(1)
+    folders = results.folders()
+    names = {folder: (called or {}).get(folder, folder) for folder in folders}
+    tables = [_statistics(results, columns, names)]
+    if len(folders) > 1:
+        tables.insert(0, _differences(results, columns, names))
+    return Page(
+        title=title,
+        subtitle=subtitle,
+        facts=facts,
+        columns=[Column(c.name, c.title, c.higher_is_better) for c in columns],
+        entries=entries,
+        first=first,
+        sorted_by=by,
+        cards=[_card(results, column, names) for column in columns if not column.part_of],
+        tables=tables,
+        warning=warning,
+    )
+
+
+def _worst(numbers: Sequence[float], higher_is_better: bool) -> list[int]:
+    """All rows, the worst first; what has no number comes last."""
+    sign = 1 if higher_is_better else -1
+
+    def key(row: int) -> tuple[bool, float]:
+        number = numbers[row]
+        return math.isnan(number), 0.0 if math.isnan(number) else sign * number
+
+    return sorted(range(len(numbers)), key=key)
+
+
+def _text(number: float) -> str:
+    return "" if math.isnan(number) else number_text(number)
+
+
+# ------------------------------------------------------------------------------ pictures
+
+
+def _with_pictures(entry: Entry, pair: Pair, evaluation: Evaluation, model: LPIPS) -> Entry:
+    try:
+        images = [evaluation.read(path) for path in (pair.path0, pair.path1)]
+        in0, in1 = (image_to_tensor(image).to(evaluation.device) for image in images)
+        with torch.inference_mode():
+            contributions = layer_contributions(model, in0, in1)
+            total = sum(layer_maps(model, in0, in1).values())
+        plane = plane_of(total)  # type: ignore[arg-type]
+    except (ValueError, MemoryError, RuntimeError) as error:
+        if isinstance(error, RuntimeError) and not is_out_of_memory(error):
+            raise
+        return _noted(entry, str(error) or "there is no memory to draw it")
+    names = told_apart([pair.path0, pair.path1])
+    return Entry(
+        entry.name,
+        entry.numbers,
+        entry.folder,
+        entry.error,
+        panels=(
+            Panel(names[0], thumbnail(images[0])),
+            Panel(names[1], thumbnail(images[1])),
+            Panel("where they differ", map_picture(plane), number_text(float(plane.max()))),
+        ),
+        parts=parts_of(contributions.layers, contributions.values[0].tolist()),
+    )
+
+
+def _noted(entry: Entry, reason: str) -> Entry:
+    note = f"no pictures: {' '.join(reason.split())}"
+    return Entry(entry.name, entry.numbers, entry.folder, entry.error, note=note)
+
+
+def parts_of(layers: Sequence[str], values: Sequence[float]) -> tuple[Part, ...]:
+    """Each layer's number and its bar."""
+    longest = max([*map(abs, values), 0.0]) or 1.0
+    return tuple(
+        Part(layer, number_text(value), round(100 * max(value, 0.0) / longest, 1))
+        for layer, value in zip(layers, values, strict=True)
+    )
+
+
+# ------------------------------------------------------------------------------ the summary
+
+
+def _card(results: Results, column: MeasuredColumn, names: Mapping[str, str]) -> Card:
+    statistics = {folder: results.statistics(folder)[column.name] for folder in names}
+    drawn = histograms([list(s.values) for s in statistics.values()])
+    spreads = []
+    for (folder, of_folder), histogram in zip(statistics.items(), drawn):
+        ends = ("", "")
+        if histogram is not None:
+            ends = number_text(histogram.low), number_text(histogram.high)
+        label = names[folder] if len(names) > 1 else ""
+        spreads.append(Spread(label, _words(of_folder), histogram, *ends))
+    return Card(column.title, spreads, column.higher_is_better)
+
+
+def _words(statistics: Statistics) -> str:
+    if statistics.mean is None:
+        return "none could be measured"
+    error = statistics.standard_error
+    words = f"mean {statistics.mean:.6f}"
+    words += "" if error is None else f" ± {error:.6f} (standard error)"
+    words += f", median {statistics.median:.6f}, {statistics.count:,} pairs"
+    if statistics.infinite:
+        words += f", of which {statistics.infinite:,} are identical"
+    return words
+
+
+def _known(number: float | None) -> str:
+    return "–" if number is None else number_text(number)
+
+
+_HEAD = ("mean", "standard error", "median", "5 %", "25 %", "75 %", "95 %", "pairs")
+
+
+def _row(statistics: Statistics) -> list[str]:
+    low, quarter, median, three_quarters, high = statistics.percentiles(5, 25, 50, 75, 95)
+    numbers = (statistics.mean, statistics.standard_error, median, low, quarter, three_quarters)
+    return [*map(_known, (*numbers, high)), f"{statistics.count:,}"]
+
+
+def _statistics(
+    results: Results, columns: Sequence[MeasuredColumn], names: Mapping[str, str]
+) -> Table:
+    rows = []
+    for folder, name in names.items():
+        of_folder = results.statistics(folder)
+        for column in columns:
+            label = f"{name}: {column.title}" if len(names) > 1 else column.title
+            rows.append([label, *_row(of_folder[column.name])])
+    return Table("All columns: mean and percentiles", ("", *_HEAD), rows, is_open=False)
+
+
+def _differences(
+    results: Results, columns: Sequence[MeasuredColumn], names: Mapping[str, str]
+) -> Table:
+    reference, *others = names
+    rows = []
+    for folder in others:
+        of_folder = results.differences(folder, reference)
+        for column in columns:
+            if not column.part_of:
+                label = f"{names[folder]} − {names[reference]}: {column.title}"
+                rows.append([label, *_row(of_folder[column.name])])
+    return Table(
+        "Paired differences",
+        ("", *_HEAD),
+        rows,
+        note="Of every image that both folders have, one number less the other. Their standard "
+        "error says whether two folders differ.",
+    )
