@@ -93,7 +93,6 @@ def _run(options: argparse.Namespace) -> None:
         files = _draw(options, model, drawn) if options.output else []
         if options.report:
             _write_page(options, model, drawn)
-            files.append(options.report)
 
     if options.json:
         report = _report(options, reference, contributions, table, importance, files)
@@ -243,7 +242,8 @@ def _words(
     lines += ["", str(contributions), "", str(table)]
     if len(options.images) == 1:
         lines.append("(with more images: deviation and rank correlation)")
-    lines += ["", str(importance), "", "Written:", *(f"  {path}" for path in files)]
+    written = [*files, *([options.report] if options.report else [])]
+    lines += ["", str(importance), "", "Written:", *(f"  {path}" for path in written)]
     return "\n".join(lines)
 
 
@@ -289,6 +289,7 @@ def _report(
             for r in importance
         ],
         "pictures": [str(path) for path in files],
+        "report": None if options.report is None else str(options.report),
         "device": str(options.device),
         "package_version": __version__,
         "torch_version": torch.__version__,

@@ -50,8 +50,6 @@ def page_of_analysis(
         title, facts, warning: as for :class:`Page`.
         shared_scale: one colour scale for the maps of all layers.
     """
-    columns = [Column("distance", "distance")]
-    columns += [Column(f"distance_{layer}", layer) for layer in contributions.layers]
     of_reference = Panel(names[0], thumbnail(rgb_of(reference)))
     entries = []
     for k, (name, image) in enumerate(zip(names[1:], images, strict=True)):
@@ -64,11 +62,10 @@ def page_of_analysis(
             is_shared = shared_scale and plane is not total
             end = brightest if is_shared else float(plane.max())
             panels.append(Panel(heading, map_picture(plane, end), number_text(end)))
-        numbers = (float(contributions.distances[k]), *values)
         entries.append(
             Entry(
                 name,
-                tuple(map(number_text, numbers)),
+                (number_text(float(contributions.distances[k])),),
                 panels=tuple(panels),
                 parts=parts_of(contributions.layers, values),
             )
@@ -78,10 +75,10 @@ def page_of_analysis(
         title=title,
         subtitle=contributions.metric,
         facts=facts,
-        columns=columns,
+        columns=[Column("distance", "distance")],
         entries=entries,
         first=sorted(range(len(entries)), key=lambda k: -distances[k]),
-        tables=[_normalizations(table), _channels(importance)],
+        tables_below=[_normalizations(table), _channels(importance)],
         figures=[_figure(heading, drawing) for heading, drawing in drawings.items()],
         warning=warning,
     )

@@ -11,7 +11,7 @@ import base64
 import functools
 import hashlib
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -157,7 +157,8 @@ class Page:
         entries: all, in the order of the run.
         first: which of them are shown at first, in this order; of no others there are pictures.
         sorted_by: the number of the column whose worst come first.
-        cards, tables, figures: what stands above and below the entries.
+        cards, tables: what stands above the entries.
+        tables_below, figures: what stands below them.
         warning: what a reader has to know before anything else; mostly empty.
     """
 
@@ -170,7 +171,8 @@ class Page:
     sorted_by: int = 0
     cards: Sequence[Card] = ()
     tables: Sequence[Table] = ()
-    figures: Sequence[Figure] = field(default_factory=tuple)
+    tables_below: Sequence[Table] = ()
+    figures: Sequence[Figure] = ()
     warning: str = ""
 
     def html(self) -> str:
