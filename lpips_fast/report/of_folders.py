@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from ..analysis.parts import layer_contributions, layer_maps
+from ..analysis.parts import layer_contributions, layer_maps, layer_names
 from ..folders.evaluating import Evaluation, is_out_of_memory
 from ..folders.measures import Column as MeasuredColumn
 from ..folders.measures import Distance
@@ -75,9 +75,12 @@ def page_of_run(
         )
         for k, pair in enumerate(results.pairs)
     ]
+    layers = [k for k, column in enumerate(columns) if column.part_of == columns[by].name]
     for k in first:
         if model is not None and not math.isnan(results.numbers[by][k]):
-            entries[k] = _with_pictures(entries[k], results.pairs[k], evaluation, model)
+            # Of the run, where it has them: measured alone, the last digit may be another.
+            values = [results.numbers[layer][k] for layer in layers]
+            entries[k] = _with_pictures(entries[k], results.pairs[k], evaluation, model, values)
         progress(1)
     folders = results.folders()
     names = {folder: (called or {}).get(folder, folder) for folder in folders}
@@ -116,14 +119,16 @@ def _text(number: float) -> str:
 # ------------------------------------------------------------------------------ pictures
 
 
-def _with_pictures(entry: Entry, pair: Pair, evaluation: Evaluation, model: LPIPS) -> Entry:
+def _with_pictures(
+    entry: Entry, pair: Pair, evaluation: Evaluation, model: LPIPS, values: list[float]
+) -> Entry:
     try:
         images = [evaluation.read(path) for path in (pair.path0, pair.path1)]
         in0, in1 = (image_to_tensor(image).to(evaluation.device) for image in images)
         with torch.inference_mode():
-            contributions = layer_contributions(model, in0, in1)
-            total = sum(layer_maps(model, in0, in1).values())
-        plane = plane_of(total)  # type: ignore[arg-type]
+            values = values or layer_contributions(model, in0, in1).values[0].tolist()
+            maps = list(layer_maps(model, in0, in1).values())
+        plane = plane_of(torch.stack(maps).sum(dim=0))
     except (ValueError, MemoryError, RuntimeError) as error:
         if isinstance(error, RuntimeError) and not is_out_of_memory(error):
             raise
@@ -139,7 +144,7 @@ def _with_pictures(entry: Entry, pair: Pair, evaluation: Evaluation, model: LPIP
             Panel(names[1], thumbnail(images[1])),
             Panel("where they differ", map_picture(plane), number_text(float(plane.max()))),
         ),
-        parts=parts_of(contributions.layers, contributions.values[0].tolist()),
+        parts=parts_of(layer_names(model), values),
     )
 
 
