@@ -72,10 +72,12 @@ def main(argv: Sequence[str] | None = None) -> int:
         …
         0
     """
-    arguments = _name_the_command(sys.argv[1:] if argv is None else list(argv))
+    command_line = sys.argv[1:] if argv is None else list(argv)
+    arguments = _name_the_command(command_line)
     arguments = argument_types.join_patterns(arguments)
     parser = _parser()
     options, rest = parser.parse_known_args(arguments)
+    options.command_line = command_line
     # argparse takes all folders that stand together, and leaves those behind an option over.
     if rest and hasattr(options, "folders") and not any(text.startswith("-") for text in rest):
         options.folders += rest

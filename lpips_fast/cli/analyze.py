@@ -208,6 +208,7 @@ def _write_page(options: argparse.Namespace, model: LPIPS, found: _Analysis) -> 
         drawings=drawings,
         title=f"{names[0]}  vs  {others}",
         facts=how_made(
+            options,
             {
                 "lpips-fast": __version__,
                 "torch": torch.__version__,
@@ -217,7 +218,7 @@ def _write_page(options: argparse.Namespace, model: LPIPS, found: _Analysis) -> 
                 "size": size_text(found.reference),
                 **preprocessing(options).words,
                 "alpha": options.alpha,
-            }
+            },
         ),
         shared_scale=options.shared_scale,
         warning=random_trunk_warning(options),

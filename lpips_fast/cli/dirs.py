@@ -398,7 +398,7 @@ def _write_page(
             evaluation,
             title="  vs  ".join(compared),
             subtitle=f"{_metrics_text(options, models)}, {len(output.pairs):,} pairs",
-            facts=how_made(_settings(options, models)),
+            facts=how_made(options, _settings(options, models)),
             called=_called(options),
             warning=random_trunk_warning(options) if models else "",
             progress=bar.update,

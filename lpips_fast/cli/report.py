@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import shlex
-import sys
 import time
 from collections.abc import Iterable, Mapping
 from pathlib import Path
@@ -45,9 +44,9 @@ def check_report(options: argparse.Namespace, inputs: Iterable[str | Path]) -> N
         check_output(options.report, inputs)
 
 
-def how_made(settings: Mapping[str, str]) -> dict[str, str]:
+def how_made(options: argparse.Namespace, settings: Mapping[str, str]) -> dict[str, str]:
     """The settings of a run, and what else a reader of its page asks."""
-    command = shlex.join([PROGRAM, *sys.argv[1:]])
+    command = shlex.join([PROGRAM, *options.command_line])
     return {"command": command, "written": time.strftime("%Y-%m-%d %H:%M %Z"), **settings}
 
 
