@@ -26,7 +26,7 @@ def add_arguments(
     """The arguments that the examples have in common, with the defaults of one."""
     parser.add_argument("--net", default=net, choices=["alex", "vgg", "squeeze"])
     parser.add_argument("--weights", type=Path, help="a file or folder with the trunk's weights")
-    parser.add_argument("--output", type=Path, default=output)
+    parser.add_argument("-o", "--output", type=Path, default=output, help=f"default: {output}")
 
 
 def find_trunk(net: str, weights: Path | None) -> bool:

@@ -298,7 +298,7 @@ def _report(
 
 
 COMMAND = Command(
-    "show what a distance is made of: layers, places, channels, normalisations",
+    "show what a distance is made of: layers, places, channels",
     _add_arguments,
     _run,
 )

@@ -7,8 +7,6 @@ import re
 from collections.abc import Sequence
 from pathlib import Path
 
-import torch
-
 from ..folders.measures import METRIC_NAMES
 from ..folders.pairing import Match, Patterns
 
@@ -28,6 +26,12 @@ def size(text: str) -> tuple[int, int]:
     return int(match[1]), int(match[2])
 
 
+def image_size(text: str) -> tuple[int, int]:
+    """Width and height of images that are made up; one number for a square."""
+    found = size_or_side(text)
+    return (found, found) if isinstance(found, int) else found
+
+
 def size_or_side(text: str) -> int | tuple[int, int]:
     """Width and height, or one number for the shorter side."""
     if text.isdecimal() and int(text) > 0:
@@ -36,13 +40,6 @@ def size_or_side(text: str) -> int | tuple[int, int]:
         return size(text)
     except argparse.ArgumentTypeError:
         raise argparse.ArgumentTypeError(f"{text!r} is not a size such as 256x256 or 256") from None
-
-
-def device(text: str) -> torch.device:
-    try:
-        return torch.device(text)
-    except RuntimeError as error:
-        raise argparse.ArgumentTypeError(f"{text!r} is no device: try cpu or cuda") from error
 
 
 def layers(text: str) -> tuple[int, ...]:

@@ -13,6 +13,13 @@ from ..weights import WeightsError
 PROGRAM = "lpips-fast"
 
 
+#: Options of all sub-commands, which stand before its name or behind it.
+ANYWHERE = {
+    "--quiet": "no bars and no notes on standard error, only warnings and errors",
+    "--debug": "show the traceback of a failure",
+}
+
+
 class CommandError(Exception):
     """The work cannot be done; the message is one sentence for the user."""
 
@@ -43,7 +50,23 @@ def add_json_argument(parser: argparse.ArgumentParser) -> None:
     )
 
 
+_quiet = False
+
+
+def set_quiet(quiet: bool) -> None:
+    """From now on this process shows bars and notes, or neither (``--quiet``)."""
+    global _quiet
+    _quiet = quiet
+
+
+def is_quiet() -> bool:
+    return _quiet
+
+
 def tell(kind: str, message: str) -> None:
+    """A line on standard error; ``--quiet`` leaves out what is only a note."""
+    if kind == "note" and _quiet:
+        return
     print_to(f"{PROGRAM}: {kind}: {message}", sys.stderr)
 
 

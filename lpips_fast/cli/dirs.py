@@ -36,6 +36,7 @@ from .model import (
     weights_text,
 )
 from .outputs import check_output
+from .progress import progress_bar
 from .report import add_report_argument, check_report, how_made, write_report
 
 if TYPE_CHECKING:
@@ -348,13 +349,8 @@ def _write_rows(
     pairs = output.pairs
     own = evaluation.rows(pairs, ranks.share(pending))
     assert isinstance(output, (ResultFile, ResultStream))
-    bar = tqdm(
-        total=2 * len(pairs),
-        initial=2 * (len(pairs) - sum(map(len, pending))),
-        unit=" images",
-        disable=None,  # where standard error is no terminal
-        file=sys.stderr,
-    )
+    done = len(pairs) - sum(map(len, pending))
+    bar = progress_bar(2 * len(pairs), "images", done=2 * done)
     told = 0
     with bar, contextlib.closing(own):
         for chunk, rows in zip(pending, ranks.gather(own, len(pending))):
@@ -384,14 +380,8 @@ def _write_page(
     from ..report.of_folders import PICTURED, page_of_run
 
     compared = [str(options.pairs)] if options.pairs else options.folders
-    bar = tqdm(
-        total=min(PICTURED, len(output.pairs)),
-        desc="drawing",
-        unit=" pairs",
-        disable=None,
-        file=sys.stderr,
-        leave=False,
-    )
+    count = min(PICTURED, len(output.pairs))
+    bar = progress_bar(count, "pairs", label="drawing", leave=False)
     with bar, contextlib.redirect_stdout(sys.stderr):
         page = page_of_run(
             output,
@@ -569,7 +559,7 @@ def _mean_text(statistics: Statistics) -> str:
 
 
 COMMAND = Command(
-    "measure every pair of images in two folders or more, into a CSV file",
+    "measure all pairs of images of two folders or more, into a CSV",
     _add_dirs_arguments,
     _run_dirs,
 )

@@ -41,6 +41,7 @@ from .model import (
     weights_text,
 )
 from .outputs import check_output
+from .progress import open_ended
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
@@ -167,7 +168,7 @@ def _compare(options: argparse.Namespace, ranks: Ranks, tell_all: Callable[[Any]
             if ranks.size > 1:
                 share = TrunkShare(0, ranks.size)
                 tell_all((rows.without_pixels(), columns and columns.without_pixels(), limit))
-            with bar_of("comparing", scheme.trunk_passes) as advance:
+            with open_ended(scheme.trunk_passes, "images", "comparing") as advance:
                 matrix = pairwise(
                     model, rows, columns, memory_limit=limit, progress=advance, share=share
                 ).cpu()
@@ -197,7 +198,7 @@ def read_folder(folder: str, options: argparse.Namespace) -> FolderImages:
             Reading(options.alpha, options.max_pixels, preprocessing(options)),
             recursive=options.recursive,
             memory=options.memory_limit // _CACHE_SHARE,
-            started=lambda count: stack.enter_context(bar_of("reading", count)),
+            started=lambda count: stack.enter_context(open_ended(count, "images", "reading")),
         )
     others = len(images.listing.others)
     if others:
@@ -287,21 +288,6 @@ def _targets(options: argparse.Namespace) -> list[Path]:
 def _picture_path(options: argparse.Namespace) -> Path:
     output: Path = options.output
     return output.with_suffix(".png")
-
-
-@contextlib.contextmanager
-def bar_of(what: str, total: int) -> Iterator[Callable[[int], None]]:
-    """A bar on standard error, and only where somebody looks at it."""
-    from tqdm import tqdm
-
-    with tqdm(total=total, desc=what, unit=" images", file=sys.stderr, disable=None) as bar:
-
-        def advance(count: int) -> None:
-            if not bar.disable:
-                bar.total = max(bar.total, bar.n + count)  # near pairs are computed again
-            bar.update(count)
-
-        yield advance
 
 
 # ---------------------------------------------------------------------------------- the result
@@ -498,5 +484,5 @@ def _shortened(name: str) -> str:
 
 
 COMMAND = Command(
-    "compare all images of a folder with each other, or with all of another", _add_arguments, _run
+    "compare all images of a folder with each other, or with another's", _add_arguments, _run
 )

@@ -125,9 +125,11 @@ def _with_pictures(
     try:
         images = [evaluation.read(path) for path in (pair.path0, pair.path1)]
         in0, in1 = (image_to_tensor(image).to(evaluation.device) for image in images)
-        with torch.inference_mode():
-            values = values or layer_contributions(model, in0, in1).values[0].tolist()
-            maps = list(layer_maps(model, in0, in1).values())
+        with torch.inference_mode():  # the trunk runs once, for layers and maps
+            features = model.encode(torch.cat([in0, in1]))
+            both = features[:1], features[1:]
+            values = values or layer_contributions(model, *both).values[0].tolist()
+            maps = list(layer_maps(model, *both).values())
         plane = plane_of(torch.stack(maps).sum(dim=0))
     except (ValueError, MemoryError, RuntimeError) as error:
         if isinstance(error, RuntimeError) and not is_out_of_memory(error):
