@@ -21,9 +21,7 @@ import sys
 import warnings
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
-from ..version import __version__
 from . import (
     analyze,
     argument_types,
@@ -47,6 +45,7 @@ from .command import (
     Command,
     CommandError,
     UsageError,
+    add_common_arguments,
     sentence,
     set_quiet,
     show_warning,
@@ -92,7 +91,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     command_line = sys.argv[1:] if argv is None else list(argv)
     set_quiet("--quiet" in command_line)  # of notes on the command line itself, too
     command, arguments = _split(command_line)
-    arguments = spellings.renewed(command, arguments)
+    arguments, notes = spellings.renewed(command, arguments)
+    for note in notes:
+        tell("note", note)
     arguments = argument_types.join_patterns(arguments)
     parser = _parser()
     if not [argument for argument in arguments if argument not in ANYWHERE]:
@@ -139,7 +140,7 @@ def _parser() -> argparse.ArgumentParser:
         formatter_class=argparse.RawDescriptionHelpFormatter,
         allow_abbrev=False,
     )
-    _add_common_arguments(parser, default=False)
+    add_common_arguments(parser, default=False)
     commands = parser.add_subparsers(
         dest="command", required=True, prog=PROGRAM, metavar="command", help=argparse.SUPPRESS
     )
@@ -151,14 +152,8 @@ def _parser() -> argparse.ArgumentParser:
         )
         command.add_arguments(sub)
         # Without SUPPRESS the sub-parser's default would undo a --debug before the sub-command.
-        _add_common_arguments(sub, default=argparse.SUPPRESS)
+        add_common_arguments(sub, default=argparse.SUPPRESS)
     return parser
-
-
-def _add_common_arguments(parser: argparse.ArgumentParser, default: Any) -> None:
-    for flag, text in ANYWHERE.items():
-        parser.add_argument(flag, action="store_true", default=default, help=text)
-    parser.add_argument("--version", action="version", version=f"{PROGRAM} {__version__}")
 
 
 def _split(arguments: list[str]) -> tuple[str, list[str]]:

@@ -31,6 +31,7 @@ from ..version import __version__
 from .command import Command, CommandError, UsageError, add_json_argument, print_to
 from .image_files import (
     add_image_arguments,
+    check_minimum,
     preprocessing,
     read_one_size,
     refuse_folders,
@@ -77,6 +78,7 @@ def _run(options: argparse.Namespace) -> None:
     # Whatever a library prints while it works is not part of the result.
     with contextlib.redirect_stdout(sys.stderr), torch.no_grad():
         model = load_model(options)
+        check_minimum(model, options.reference, reference, options.net)
         device = options.device
         target = model.encode(reference.to(device))
         others = model.encode(torch.cat(images).to(device))

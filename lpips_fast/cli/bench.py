@@ -73,6 +73,7 @@ def _run_bench(options: argparse.Namespace) -> None:
         raise CommandError(f"--seconds is {options.seconds}, expected more than 0")
     with contextlib.redirect_stdout(sys.stderr):
         cases = _cases(nets, options)
+        tell("note", f"{len(cases)} figures: about {len(cases) * options.seconds + 5:.0f} s")
         figures = _measure(cases, options.seconds)
     report = {
         "package_version": __version__,

@@ -6,9 +6,11 @@ import argparse
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import TextIO
+from typing import Any, TextIO
 
+from ..version import __version__
 from ..weights import WeightsError
+from .spellings import as_options
 
 PROGRAM = "lpips-fast"
 
@@ -41,6 +43,18 @@ class Command:
     summary: str
     add_arguments: Callable[[argparse.ArgumentParser], None]
     run: Callable[[argparse.Namespace], None]
+
+
+def add_common_arguments(parser: argparse.ArgumentParser, default: Any) -> None:
+    """:data:`ANYWHERE` and ``--version``, of all sub-commands."""
+    for flag, text in ANYWHERE.items():
+        parser.add_argument(flag, action="store_true", default=default, help=text)
+    parser.add_argument(
+        "--version",
+        action="version",
+        version=f"{PROGRAM} {__version__}",
+        help=f"show the version of {PROGRAM}",
+    )
 
 
 def add_json_argument(parser: argparse.ArgumentParser) -> None:
@@ -98,7 +112,7 @@ def sentence(error: Exception) -> str:
     if isinstance(error, WeightsError):
         return error.command_line  # lists the ways to supply them, one a line
     # Torch's messages go on for paragraphs; the first says what happened.
-    text = " ".join(str(error).strip().split("\n\n")[0].split())
+    text = as_options(" ".join(str(error).strip().split("\n\n")[0].split()))
     if isinstance(error, (CommandError, ValueError, RuntimeError, OSError, ImportError)) and text:
         return text
     return f"{type(error).__name__}: {text} (this is a bug; --debug shows where)"

@@ -38,6 +38,7 @@ from .model import (
 from .outputs import check_output
 from .progress import progress_bar
 from .report import add_report_argument, check_report, how_made, write_report
+from .spellings import as_options
 
 if TYPE_CHECKING:
     from ..lpips import LPIPS
@@ -357,7 +358,7 @@ def _write_rows(
             output.append(rows, chunk.start)
             for row in output.failed[told:_FAILURES_TOLD]:
                 with tqdm.external_write_mode(file=sys.stderr):
-                    tell("warning", _failure(row))
+                    tell("warning", as_options(_failure(row)))
             told = len(output.failed)
             bar.update(2 * len(rows))
     if len(output.failed) > _FAILURES_TOLD:
@@ -559,7 +560,7 @@ def _mean_text(statistics: Statistics) -> str:
 
 
 COMMAND = Command(
-    "measure all pairs of images of two folders or more, into a CSV",
+    "measure images of equal name in two folders or more, into a CSV",
     _add_dirs_arguments,
     _run_dirs,
 )

@@ -49,6 +49,7 @@ def _add_export_arguments(parser: argparse.ArgumentParser) -> None:
         "--batch",
         type=argument_types.positive,
         default=1,
+        metavar="N",
         help="pairs, with --dynamic none (default: 1)",
     )
     parser.add_argument(

@@ -17,7 +17,9 @@ def add_output_argument(
 
     It was once the last of the names, and is understood there.
     """
-    parser.add_argument("-o", "--output", type=convert, metavar=metavar, help=text)
+    parser.add_argument(
+        "-o", "--output", type=convert, metavar=metavar, help=f"{text} (to be given)"
+    )
     parser.add_argument(
         "output_by_place", nargs="?", type=convert, metavar=metavar, help=argparse.SUPPRESS
     )

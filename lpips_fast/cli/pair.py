@@ -20,6 +20,7 @@ from . import argument_types
 from .command import Command, CommandError, UsageError, add_json_argument, print_to
 from .image_files import (
     add_image_arguments,
+    check_minimum,
     preprocessing,
     read_one_size,
     refuse_folders,
@@ -87,6 +88,7 @@ def _run_pair(options: argparse.Namespace) -> None:
         layers: list[float] = []
         if needs_model:
             model = load_model(options)
+            check_minimum(model, options.image0, in0, options.net)
             weights = weights_text(options, options.net, model)
             distance, layers = _measure(model, in0.to(options.device), in1.to(options.device))
             map_report = _draw_map(model, options, in0, in1, distance) if options.map else None

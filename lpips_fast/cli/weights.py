@@ -22,7 +22,14 @@ from ..weights import (
     load_trunk_weights,
 )
 from ..weights.inventory import TrunkState, inspect_located, inspect_path, pack
-from .command import ANYWHERE, Command, CommandError, add_json_argument, is_quiet, print_to
+from .command import (
+    Command,
+    CommandError,
+    add_common_arguments,
+    add_json_argument,
+    is_quiet,
+    print_to,
+)
 from .outputs import add_output_argument, settle_output
 
 _KINDS = {
@@ -51,12 +58,14 @@ def _add_weights_arguments(parser: argparse.ArgumentParser) -> None:
         description = f"{summary[0].upper()}{summary[1:]}."
         sub = actions.add_parser(name, help=summary, description=description, allow_abbrev=False)
         sub.set_defaults(action=action)
-        for option, text in (
-            ("--json", "one JSON object on standard output, nothing else"),
-            *ANYWHERE.items(),
-        ):
-            # Without SUPPRESS the default here would undo the option before the action's name.
-            sub.add_argument(option, action="store_true", default=argparse.SUPPRESS, help=text)
+        # Without SUPPRESS the default here would undo the option before the action's name.
+        sub.add_argument(
+            "--json",
+            action="store_true",
+            default=argparse.SUPPRESS,
+            help="one JSON object on standard output, nothing else",
+        )
+        add_common_arguments(sub, default=argparse.SUPPRESS)
         return sub
 
     add("list", _list, "where the trunks' weights are, and if they are official (default)")

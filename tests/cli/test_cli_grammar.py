@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import io
 import json
+import re
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -135,23 +136,64 @@ def test_old_spellings_do_what_the_new_ones_do(
 
 
 @pytest.mark.parametrize(("command", "old"), [key for key in spellings.RENAMED if key[0]])
-def test_every_old_option_has_a_new_one(
-    command: str, old: str, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_every_old_option_has_a_new_one(command: str, old: str) -> None:
     new = spellings.RENAMED[command, old]
     flags = options_of(parsers()[command])
     assert new in flags and old not in flags
-    assert spellings.renewed(command, [command, old, "7"]) == [command, new, "7"]
-    assert spellings.renewed(command, [command, f"{old}=7"]) == [command, f"{new}=7"]
-    assert capsys.readouterr().err == 2 * f"lpips-fast: note: {old} is {new} now\n"
-    assert spellings.renewed(command, [command, "--", old]) == [command, "--", old]
-    assert spellings.renewed("info", [old]) == [old]  # of another command, it is no option
+    notes = [f"{old} is {new} now"]
+    assert spellings.renewed(command, [command, old, "7"]) == ([command, new, "7"], notes)
+    assert spellings.renewed(command, [command, f"{old}=7"]) == ([command, f"{new}=7"], notes)
+    for other in ([command, "--", old], [command, f"{old}s"]):
+        assert spellings.renewed(command, other) == (other, [])
+    assert spellings.renewed("info", [old]) == ([old], [])  # of another command, it is no option
 
 
-def test_version_takes_no_file_for_a_version(capsys: pytest.CaptureFixture[str]) -> None:
-    assert spellings.renewed("pair", ["--version", "1.png"]) == ["--version", "1.png"]
-    assert spellings.renewed("pair", ["--version"]) == ["--version"]
-    assert capsys.readouterr().err == ""
+def test_version_takes_no_file_for_a_version() -> None:
+    for arguments in (["--version", "1.png"], ["--version"]):
+        assert spellings.renewed("pair", arguments) == (arguments, [])
+
+
+# ------------------------------------------------------------------------------ errors
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (("pair", "one.png", "one.png", "--max-pixels", "9"), "raise --max-pixels if you trust"),
+        (("pair", "clear.png", "one.png", "--alpha", "refuse"), "pass --alpha white to composite"),
+        (("pair", "one.png", "one.png", "--layers", "9", RANDOM), "--layers holds 9, expected"),
+        (("pair", "one.png", "one.png", "--resize", "9", RANDOM), "pixels, and trunk 'alex' needs"),
+        (
+            ("analyze", "one.png", "one.png", "--resize", "9", RANDOM, "-o", "x"),
+            "--resize enlarges",
+        ),
+        (("recommend", "--min-2afc", "80"), "--min-2afc is 80.0"),
+        (("recommend", "--max-latency-ms", "0"), "--max-latency-ms is 0.0"),
+        (("recommend", "--max-memory-mb", "-1"), "--max-memory-mb is -1.0"),
+        (("pairwise", "A", "--memory-limit", "1K", RANDOM), "--memory-limit is 0.00 MiB"),
+    ],
+)
+def test_errors_name_the_options(
+    images: list[Path],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    arguments: tuple[str, ...],
+    words: str,
+) -> None:
+    Image.new("RGBA", (48, 40), (9, 9, 9, 9)).save(tmp_path / "clear.png")
+    make_folders(tmp_path, ["1.png", "2.png"], [(64, 64)])
+    monkeypatch.chdir(tmp_path)
+    capsys.readouterr()
+    assert call(*arguments) == 1
+    err = capsys.readouterr().err
+    assert words in err
+    assert not re.search(r"(?<!-)\b(max_pixels|memory_limit|max_\w+|min_2afc|in0)\b", err)
+
+
+def test_a_path_is_not_taken_for_an_argument() -> None:
+    for text in ("cannot read 'max_pixels'", "no a/max_pixels.png", "no batch_size.csv here"):
+        assert spellings.as_options(text) == text
 
 
 def test_what_is_written_is_named_once(
