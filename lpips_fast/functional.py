@@ -78,7 +78,9 @@ def _layer_weights(
                 f"layer {layer}: expected {feat.shape[1]} weights, one per channel, "
                 f"got shape {tuple(weight.shape)}"
             )
-        result.append(weight.reshape(-1).to(device=feat.device, dtype=dtype))
+        if weight.dim() != 1 or weight.dtype != dtype or weight.device != feat.device:
+            weight = weight.reshape(-1).to(device=feat.device, dtype=dtype)
+        result.append(weight)
     return result
 
 

@@ -175,8 +175,9 @@ def _encoded(call: Call, in0: Tensor | Features, in1: Tensor | Features) -> list
 
 def _one_batch(call: Call, in0: Tensor, in1: Tensor) -> list[Tensor]:
     """Both images in one batch, all taps together: the fewest calls."""
-    split = [len(in0), len(in1)]
-    pairs = [tap.split(split) for tap in call.taps((in0, in1))]
+    split = [in0.shape[0], in1.shape[0]]
+    # Not by tap.split(), which asks for __torch_function__ first.
+    pairs = [torch.split_with_sizes(tap, split) for tap in call.taps((in0, in1))]
     return compare(call, [a for a, _ in pairs], [b for _, b in pairs], size_of(in0))
 
 
@@ -323,8 +324,8 @@ def channel_weights(
     dtype = accumulator_dtype(like.dtype)
     if not model.lpips:
         return [like.new_ones(count, dtype=dtype) for count in channels]
-    weights = [call.weights.get(k, model.layer_weight(k)) for k in layers]
-    return [weight.view(-1).to(dtype) for weight in weights]
+    weights = [call.weights[k] if k in call.weights else model.layer_weight(k) for k in layers]
+    return [weight if weight.dtype == dtype else weight.to(dtype) for weight in weights]
 
 
 def _without_inference(x: Tensor | Features) -> Tensor | Features:
@@ -346,8 +347,9 @@ def _needs_graph(call: Call, image: Tensor | Features) -> bool:
 
 def _broadcast(tap0: Tensor, tap1: Tensor) -> tuple[Tensor, Tensor]:
     """Both for the common batch; one image stands for all without a copy."""
-    batch = common_batch(len(tap0), len(tap1))
+    # Not by len(), which asks for __torch_function__ first.
+    batch = common_batch(tap0.shape[0], tap1.shape[0])
     # Not where it changes nothing: torch.compile cannot save views of unknown size for backward.
     return tuple(  # type: ignore[return-value]
-        tap if len(tap) == batch else tap.expand(batch, -1, -1, -1) for tap in (tap0, tap1)
+        tap if tap.shape[0] == batch else tap.expand(batch, -1, -1, -1) for tap in (tap0, tap1)
     )

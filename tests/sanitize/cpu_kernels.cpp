@@ -228,7 +228,8 @@ void winograd() {
                             .in_channels = channels,
                             .stride = stride,
                             .padding = padding,
-                            .kernel = blocks};
+                            .kernel = blocks,
+                            .extent = kernel};
   Exact<float> weight(out_channels * channels * kernel * kernel);
 
   // As winograd_cpu.cpp packs: (elements, panels, depth, width).
