@@ -19,6 +19,7 @@ import torch
 from ..folders import csv_text
 from ..folders.folder_images import FolderImages, Reading
 from ..folders.ranks import Ranks
+from ..images.heatmap import drawable
 from ..pairs.all_pairs import (
     DEFAULT_MEMORY_LIMIT,
     mean_diversity,
@@ -463,10 +464,10 @@ def _draw(
         for i, j in np.ndindex(*matrix.shape):
             value = float(matrix[i, j])
             axes.text(
-                *(j, i, f"{value:.2f}" if value else "0"),
+                *(j, i, f"{value:.6f}" if value else "0"),
                 ha="center",
                 va="center",
-                fontsize=7.5,
+                fontsize=6,
                 color="black" if value > bright else "white",
             )
     compared = f"{len(rows):,}" if options.other is None else f"{len(rows):,} by {len(columns):,}"
@@ -479,6 +480,7 @@ def _draw(
 
 
 def _shortened(name: str) -> str:
+    name = drawable(name)
     # The end of a path tells more than its start.
     return name if len(name) <= 24 else "…" + name[-23:]
 

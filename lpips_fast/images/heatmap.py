@@ -24,6 +24,7 @@ if TYPE_CHECKING:
 __all__ = [
     "COLOUR_MAP",
     "PICTURE_SUFFIXES",
+    "drawable",
     "plane_of",
     "rgb_of",
     "save_heatmap",
@@ -200,11 +201,16 @@ def _to_numpy(values: torch.Tensor | NDArray[Any]) -> NDArray[Any]:
     return np.asarray(values)
 
 
+def drawable(name: str) -> str:
+    """A file's name as Matplotlib takes it: the bytes of one that is no text as ``\\udcXX``."""
+    return name.encode("utf-8", "backslashreplace").decode("utf-8")
+
+
 def _summary(values: NDArray[np.float32], label: str | None, distance: float | None) -> str:
     parts = [] if label is None else [label]
     if distance is not None:
-        parts.append(f"distance {distance:.4g}")
-    parts.append(f"map mean {values.mean(dtype=np.float64):.4g}, max {values.max():.4g}")
+        parts.append(f"distance {distance:.8f}")  # as a CSV of distances has it
+    parts.append(f"map mean {values.mean(dtype=np.float64):.6f}, max {values.max():.6f}")
     return "   ·   ".join(parts)
 
 
@@ -309,5 +315,5 @@ def _panel_inches(height: int, width: int) -> tuple[float, float]:
 
 def _shortened(name: str, inches: float) -> str:
     # About 12 characters an inch at 10 points. The end of a path tells more than its start.
-    room = int(inches * 12)
+    name, room = drawable(name), int(inches * 12)
     return name if len(name) <= room else "…" + name[-(room - 1) :]
