@@ -44,6 +44,7 @@ from .command import (
     PROGRAM,
     Command,
     CommandError,
+    Parser,
     UsageError,
     add_common_arguments,
     sentence,
@@ -130,7 +131,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 def _parser() -> argparse.ArgumentParser:
     width = max(len(name) for name in COMMANDS)
     listed = "\n".join(f"  {name:<{width}}  {c.summary}" for name, c in COMMANDS.items())
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         prog=PROGRAM,
         usage=f"{PROGRAM} [--help] [--version] [--quiet] [--debug] command …",
         description=f"LPIPS: how different two images look to people.\n\ncommands:\n{listed}",

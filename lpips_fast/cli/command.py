@@ -6,7 +6,7 @@ import argparse
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, TextIO
+from typing import Any, NoReturn, TextIO
 
 from ..version import __version__
 from ..weights import WeightsError
@@ -43,6 +43,15 @@ class Command:
     summary: str
     add_arguments: Callable[[argparse.ArgumentParser], None]
     run: Callable[[argparse.Namespace], None]
+
+
+class Parser(argparse.ArgumentParser):
+    """Argparse's, which says of a wrong command line what is wrong, in one line."""
+
+    def error(self, message: str) -> NoReturn:
+        # Not the usage before it: of a command with twenty options, it hides what is wrong.
+        print_to(f"{PROGRAM}: error: {message}; {self.prog} --help says what it takes", sys.stderr)
+        sys.exit(2)
 
 
 def add_common_arguments(parser: argparse.ArgumentParser, default: Any) -> None:

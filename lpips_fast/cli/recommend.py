@@ -19,6 +19,7 @@ from . import argument_types
 from .command import Command, CommandError, add_json_argument, is_quiet, print_to
 from .device import add_device_argument, to_device
 from .model import DTYPES
+from .spellings import as_options
 
 
 def _add_recommend_arguments(parser: argparse.ArgumentParser) -> None:
@@ -76,7 +77,7 @@ def _run_recommend(options: argparse.Namespace) -> None:
     if options.json:
         print_to(json.dumps(_report(recommendation), indent=2, allow_nan=False), sys.stdout)
     else:
-        print_to(str(recommendation), sys.stdout)
+        print_to(as_options(str(recommendation)), sys.stdout)
     if recommendation.choice is None:
         raise CommandError("no trunk keeps all limits")
 

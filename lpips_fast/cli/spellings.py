@@ -24,6 +24,7 @@ _VERSION_OF_LPIPS = re.compile(r"[0-9]+(\.[0-9]+)+")
 # The library's arguments, and values of them, as they stand in its messages; never in a path.
 _ARGUMENTS = {
     r"max_pixels \(--max-pixels\)": "--max-pixels",
+    r"refresh \(--refresh\)": "--refresh",
     r"batch_size": "--batch",
     r"(alpha)=[\"'](\w+)[\"']": r"--\1 \2",
     r"(max_pixels|memory_limit|min_2afc|max_latency_ms|max_memory_mb|learning_rate|weight_decay)"

@@ -194,13 +194,14 @@ class Evaluation:
 
         return _in_order(measure, chunks, self.workers, self._stop)
 
-    def read(self, path: Path) -> NDArray[np.uint8]:
-        """An image as it is measured: 8-bit RGB (H, W, 3), resized and cropped.
+    def read(self, pair: Pair) -> Batch:
+        """A pair as it is measured, resized and cropped, as a batch of its own.
 
         Raises:
-            ValueError: it cannot be read, or is smaller than the crop.
+            ValueError: an image cannot be read, or the two do not go together.
         """
-        return self._read_one(path)[0]
+        decoded = self._read(0, pair, None)
+        return Batch([decoded.image0], [decoded.image1], self.device)
 
     def measure(self, pairs: Sequence[Pair]) -> list[Row]:
         """The rows of one chunk, in the calling thread."""

@@ -8,25 +8,20 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping, Sequence
-from typing import TYPE_CHECKING
 
 import torch
 
 from ..analysis.parts import layer_contributions, layer_maps, layer_names
 from ..folders.evaluating import Evaluation, is_out_of_memory
+from ..folders.measures import Batch, Distance
 from ..folders.measures import Column as MeasuredColumn
-from ..folders.measures import Distance
 from ..folders.pairing import Pair, told_apart
 from ..folders.results import Results
 from ..folders.summary import Statistics, number_text
 from ..images.heatmap import plane_of
-from ..images.reading import image_to_tensor
 from .histogram import histograms
 from .page import Card, Column, Entry, Page, Panel, Part, Spread, Table
 from .pictures import map_picture, thumbnail
-
-if TYPE_CHECKING:
-    from ..lpips import LPIPS
 
 __all__ = ["PICTURED", "page_of_run", "parts_of"]
 
@@ -60,10 +55,10 @@ def page_of_run(
     first column. Of pairs that could not be measured there are no pictures, but the reason.
     """
     columns = evaluation.columns
-    models = {m.columns[0].name: m.model for m in evaluation.measures if isinstance(m, Distance)}
+    distances = {m.columns[0].name: m for m in evaluation.measures if isinstance(m, Distance)}
     # Pictures and order are of one column: the first that is a distance.
-    by = next((k for k, column in enumerate(columns) if column.name in models), 0)
-    model = models.get(columns[by].name)
+    by = next((k for k, column in enumerate(columns) if column.name in distances), 0)
+    distance = distances.get(columns[by].name)
     first = _worst(results.numbers[by], columns[by].higher_is_better)[:PICTURED]
     errors = {(row.name, row.folder): row.error for row in results.failed}
     entries = [
@@ -77,10 +72,10 @@ def page_of_run(
     ]
     layers = [k for k, column in enumerate(columns) if column.part_of == columns[by].name]
     for k in first:
-        if model is not None and not math.isnan(results.numbers[by][k]):
+        if distance is not None and not math.isnan(results.numbers[by][k]):
             # Of the run, where it has them: measured alone, the last digit may be another.
             values = [results.numbers[layer][k] for layer in layers]
-            entries[k] = _with_pictures(entries[k], results.pairs[k], evaluation, model, values)
+            entries[k] = _with_pictures(entries[k], results.pairs[k], evaluation, distance, values)
         progress(1)
     folders = results.folders()
     names = {folder: (called or {}).get(folder, folder) for folder in folders}
@@ -120,17 +115,13 @@ def _text(number: float) -> str:
 
 
 def _with_pictures(
-    entry: Entry, pair: Pair, evaluation: Evaluation, model: LPIPS, values: list[float]
+    entry: Entry, pair: Pair, evaluation: Evaluation, distance: Distance, values: list[float]
 ) -> Entry:
     try:
-        images = [evaluation.read(path) for path in (pair.path0, pair.path1)]
-        in0, in1 = (image_to_tensor(image).to(evaluation.device) for image in images)
-        with torch.inference_mode():  # the trunk runs once, for layers and maps
-            features = model.encode(torch.cat([in0, in1]))
-            both = features[:1], features[1:]
-            values = values or layer_contributions(model, *both).values[0].tolist()
-            maps = list(layer_maps(model, *both).values())
-        plane = plane_of(torch.stack(maps).sum(dim=0))
+        batch = evaluation.read(pair)
+        with torch.inference_mode():
+            layers, map = _layers_and_map(distance, batch)
+        plane = plane_of(map)
     except (ValueError, MemoryError, RuntimeError) as error:
         if isinstance(error, RuntimeError) and not is_out_of_memory(error):
             raise
@@ -142,12 +133,20 @@ def _with_pictures(
         entry.folder,
         entry.error,
         panels=(
-            Panel(names[0], thumbnail(images[0])),
-            Panel(names[1], thumbnail(images[1])),
+            Panel(names[0], thumbnail(batch.pixels0[0])),
+            Panel(names[1], thumbnail(batch.pixels1[0])),
             Panel("where they differ", map_picture(plane), number_text(float(plane.max()))),
         ),
-        parts=parts_of(layer_names(model), values),
+        parts=parts_of(layer_names(distance.model), values or layers),
     )
+
+
+def _layers_and_map(distance: Distance, batch: Batch) -> tuple[list[float], torch.Tensor]:
+    """Of one pair: each layer's part, and where the images differ."""
+    features = distance.model.encode(torch.cat(batch.images))  # the trunk runs once, for both
+    both = features[:1], features[1:]
+    layers = layer_contributions(distance.model, *both).values[0].tolist()
+    return layers, torch.stack(list(layer_maps(distance.model, *both).values())).sum(dim=0)
 
 
 def _noted(entry: Entry, reason: str) -> Entry:

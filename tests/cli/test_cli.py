@@ -376,7 +376,7 @@ def test_an_interrupt_ends_quietly(
 def test_usage_errors(run: Any, arguments: list[str], message: str) -> None:
     code, out, err = run(*arguments)
     assert (code, out) == (2, "")
-    assert err.startswith("usage: lpips-fast")
+    assert err.startswith("lpips-fast: error: ") and err.count("\n") == 1
     assert message in err
 
 
