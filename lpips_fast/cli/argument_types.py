@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import math
 import re
 from collections.abc import Sequence
 from pathlib import Path
@@ -40,6 +41,17 @@ def size_or_side(text: str) -> int | tuple[int, int]:
         return size(text)
     except argparse.ArgumentTypeError:
         raise argparse.ArgumentTypeError(f"{text!r} is not a size such as 256x256 or 256") from None
+
+
+def fill_value(text: str) -> float:
+    """A value of LPIPS's range."""
+    try:
+        value = float(text)
+    except ValueError:
+        value = math.nan
+    if not -1 <= value <= 1:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a number from -1, black, to 1, white")
+    return value
 
 
 def layers(text: str) -> tuple[int, ...]:

@@ -17,7 +17,7 @@ from tqdm import tqdm
 
 from ..folders.evaluating import Evaluation, FolderGoneError, Row, default_workers
 from ..folders.measures import PSNR, SSIM, Distance, Measure
-from ..folders.pairing import Pair, Pairing, Patterns, pair_several, read_pairs
+from ..folders.pairing import Pair, Pairing, Patterns, pair_several, read_pairs, with_masks
 from ..folders.ranks import RankError, Ranks
 from ..folders.results import ResultFile, Results, ResultStream, record_path
 from ..folders.summary import Statistics
@@ -26,7 +26,13 @@ from ..trunk.table import TRUNKS
 from ..version import __version__
 from . import argument_types
 from .command import Command, CommandError, UsageError, add_json_argument, print_to, tell
-from .image_files import add_image_arguments, preprocessing
+from .image_files import (
+    add_image_arguments,
+    add_mask_arguments,
+    mask_text,
+    masking,
+    preprocessing,
+)
 from .model import (
     add_model_arguments,
     layers_text,
@@ -59,7 +65,8 @@ def _add_dirs_arguments(parser: argparse.ArgumentParser) -> None:
         "--pairs",
         type=Path,
         metavar="CSV",
-        help="instead of folders: a file with columns a and b (paths from where it lies), and name",
+        help="instead of folders: a file with columns a and b (paths from where it lies), and if "
+        "you like name and mask",
     )
     parser.add_argument(
         "-o",
@@ -95,6 +102,7 @@ def _add_dirs_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--recursive", action="store_true", help="look into sub-folders too")
     add_image_arguments(parser)
+    add_mask_arguments(parser, of_folders=True)
     parser.add_argument(
         "--batch",
         type=argument_types.positive,
@@ -140,6 +148,12 @@ def _check_usage(options: argparse.Namespace) -> None:
     files = [name for name in options.folders if Path(name).is_file()]
     if files and len(files) == len(options.folders):
         raise UsageError(f"{files[0]} is a file: two images are compared by lpips-fast pair A B")
+    if options.pairs is None:  # else its column mask is not known yet
+        masking(options, has_masks=options.mask is not None)
+    elif options.mask is not None and Path(options.mask).is_dir():
+        raise UsageError(
+            f"{options.mask} is a folder: the masks of --pairs stand in its column mask"
+        )
     if options.output is None and (options.json or options.overwrite):
         wrong = "--json" if options.json else "--overwrite"
         raise UsageError(f"with -o - the rows are on standard output: leave out {wrong}")
@@ -174,6 +188,8 @@ def _measures(options: argparse.Namespace, models: dict[str, LPIPS]) -> list[Mea
                     f"distance_{net}" if len(models) > 1 else "distance",
                     _title(options, net),
                     per_layer=options.per_layer,
+                    mask_mode=options.mask_mode or "weighted",
+                    fill_value=options.fill_value or 0.0,
                 )
                 for net, model in models.items()
             ]
@@ -222,6 +238,7 @@ def _lead(options: argparse.Namespace, models: dict[str, LPIPS], ranks: Ranks) -
         evaluation = _evaluation(options, models, ranks)
         try:
             pairs, pairings = _pairs(options)
+            options.masking = masking(options, has_masks=any(pair.mask for pair in pairs))
             chunks = evaluation.chunks(len(pairs))
             output = stack.enter_context(_open(options, models, evaluation, pairs, chunks))
             pending = output.pending if isinstance(output, ResultFile) else chunks
@@ -262,7 +279,12 @@ def _what_is_written(output: Results) -> str:
 
 def _pairs(options: argparse.Namespace) -> tuple[list[Pair], list[Pairing]]:
     if options.pairs is not None:
-        return read_pairs(options.pairs), []
+        pairs = read_pairs(options.pairs)
+        if options.mask is not None:
+            if any(pair.mask for pair in pairs):
+                raise UsageError(f"{options.pairs} has a column mask: leave out --mask")
+            pairs = with_masks(pairs, options.mask)
+        return pairs, []
     folder0, *folders = options.folders
     pairs, pairings = pair_several(
         folder0, folders, match=options.match, recursive=options.recursive
@@ -291,6 +313,8 @@ def _pairs(options: argparse.Namespace) -> tuple[list[Pair], list[Pairing]]:
             )
     if hint:
         tell("note", hint)
+    if options.mask is not None:
+        pairs = with_masks(pairs, options.mask, match=options.match, recursive=options.recursive)
     return pairs, pairings
 
 
@@ -308,7 +332,7 @@ def _open(
     chunks: list[range],
 ) -> Iterator[Results]:
     columns = [column.name for column in evaluation.columns]
-    inputs: list[str | Path] = [p for pair in pairs for p in (pair.path0, pair.path1)]
+    inputs: list[str | Path] = [p for pair in pairs for p in pair.files]
     inputs = list(dict.fromkeys(inputs))
     others = (options.pairs, options.checkpoint, options.weights)
     inputs += [path for path in others if path is not None]
@@ -449,6 +473,10 @@ def _settings(options: argparse.Namespace, models: dict[str, LPIPS]) -> dict[str
         "alpha": options.alpha,
         "max pixels": str(options.max_pixels),
     }
+    if options.masking:
+        settings["masks"] = mask_text(options.masking)
+        if options.mask is not None:
+            settings["mask"] = str(Path(options.mask).resolve())
     if options.pairs is not None:
         return {**settings, "pairs": str(options.pairs.resolve())}
     match = options.match
@@ -546,6 +574,9 @@ def _words(
     lines.append(f"  {'  vs  '.join(compared)}")
     if models:
         lines.append(f"  {metric_name(options)}, {options.device}")
+    if options.masking:
+        where = options.mask or f"column mask of {options.pairs}"
+        lines.append(f"  mask {where}, {mask_text(options.masking)}")
     lines += [f"  {path}" for path in (options.output, options.report) if path]
     return "\n".join(lines)
 

@@ -6,7 +6,7 @@ import argparse
 
 from . import pair
 from .command import Command, add_json_argument
-from .image_files import add_image_arguments
+from .image_files import add_image_arguments, add_mask_arguments
 from .model import add_model_arguments
 from .outputs import add_output_argument, settle_output
 
@@ -18,6 +18,7 @@ def _add_map_arguments(parser: argparse.ArgumentParser) -> None:
     add_output_argument(parser, pair.picture_path, "OUT", text)
     add_model_arguments(parser)
     add_image_arguments(parser)
+    add_mask_arguments(parser)
     add_json_argument(parser)
     parser.set_defaults(per_layer=False, metrics=("lpips",))
 

@@ -8,7 +8,9 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping, Sequence
+from typing import Any
 
+import numpy as np
 import torch
 
 from ..analysis.parts import layer_contributions, layer_maps, layer_names
@@ -27,6 +29,8 @@ __all__ = ["PICTURED", "page_of_run", "parts_of"]
 
 #: Of so many pairs, the worst, a page has pictures.
 PICTURED = 200
+
+_LONGEST_OF_MASK = 64
 
 _Step = Callable[[int], object]
 
@@ -135,6 +139,11 @@ def _with_pictures(
         panels=(
             Panel(names[0], thumbnail(batch.pixels0[0])),
             Panel(names[1], thumbnail(batch.pixels1[0])),
+            *(
+                # A fourth picture, and small: the page's size is bounded for three.
+                Panel("mask", thumbnail(np.stack([mask] * 3, axis=2), _LONGEST_OF_MASK))
+                for mask in batch.masks
+            ),
             Panel("where they differ", map_picture(plane), number_text(float(plane.max()))),
         ),
         parts=parts_of(layer_names(distance.model), values or layers),
@@ -143,10 +152,14 @@ def _with_pictures(
 
 def _layers_and_map(distance: Distance, batch: Batch) -> tuple[list[float], torch.Tensor]:
     """Of one pair: each layer's part, and where the images differ."""
-    features = distance.model.encode(torch.cat(batch.images))  # the trunk runs once, for both
-    both = features[:1], features[1:]
-    layers = layer_contributions(distance.model, *both).values[0].tolist()
-    return layers, torch.stack(list(layer_maps(distance.model, *both).values())).sum(dim=0)
+    model, masking = distance.model, {}
+    if batch.mask is None:
+        features = model.encode(torch.cat(batch.images))  # the trunk runs once, for both
+        both: Any = (features[:1], features[1:])
+    else:  # which may fill the images themselves
+        both, masking = batch.images, {"mask": batch.mask, **distance.masking}
+    layers = layer_contributions(model, *both, **masking).values[0].tolist()
+    return layers, torch.stack(list(layer_maps(model, *both, **masking).values())).sum(dim=0)
 
 
 def _noted(entry: Entry, reason: str) -> Entry:

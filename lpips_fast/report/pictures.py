@@ -45,12 +45,12 @@ class Picture:
         return max(self.width, self.height) < _SMALL
 
 
-def thumbnail(image: NDArray[np.uint8]) -> Picture:
-    """An image, (H, W, 3), reduced to :data:`LONGEST_SIDE` and to some kilobytes."""
+def thumbnail(image: NDArray[np.uint8], longest: int = LONGEST_SIDE) -> Picture:
+    """An image, (H, W, 3), reduced to ``longest`` and to some kilobytes."""
     from PIL import Image
 
     reduced = Image.fromarray(image)
-    reduced.thumbnail((LONGEST_SIDE, LONGEST_SIDE), Image.Resampling.BOX, reducing_gap=None)
+    reduced.thumbnail((longest, longest), Image.Resampling.BOX, reducing_gap=None)
     return _bounded(reduced)
 
 

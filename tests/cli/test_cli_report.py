@@ -193,6 +193,34 @@ def test_the_map_is_of_the_first_network(folders: tuple[Path, Path], tmp_path: P
     )
 
 
+@pytest.mark.parametrize(
+    "options", [(), ("--mask-mode", "fill", "--fill-value", "-1")], ids=["weighted", "fill"]
+)
+def test_maps_and_layers_are_of_the_masked_part(tmp_path: Path, options: tuple[str, ...]) -> None:
+    generator = torch.Generator().manual_seed(5)
+    for name in ("A/1.png", "B/1.png"):
+        write_png(tmp_path / name, random_pixels(64, 64, generator))
+    mask = np.zeros((64, 64), np.uint8)
+    mask[:, :20] = 255
+    write_png(tmp_path / "mask.png", mask)
+    page, output = tmp_path / "page.html", tmp_path / "out.csv"
+    arguments = ("--mask", tmp_path / "mask.png", "--report", page, "-o", output, RANDOM)
+    assert call("dirs", tmp_path / "A", tmp_path / "B", *arguments, *options) == 0
+    distance = float(rows_of(output)[0].split(",")[1])
+    (shown,) = rows_by_text(page)
+    layers = [float(x) for x in re.findall(r"relu[1-5] ([0-9.]+)", shown)]
+    assert sum(layers) == pytest.approx(distance, rel=1e-4)
+    panels = re.findall(r'<img alt="([^"]*)" src="data:[^,]*,([^"]*)"', page.read_text())
+    assert [name for name, _ in panels] == ["A/1.png", "B/1.png", "mask", "where they differ"]
+    with Image.open(io.BytesIO(base64.b64decode(panels[2][1]))) as picture:
+        assert picture.size == (64, 64)
+        drawn = np.asarray(picture.convert("L"))
+        assert drawn[32, 10] > 240 and drawn[32, 40] < 15
+    with Image.open(io.BytesIO(base64.b64decode(panels[3][1]))) as picture:
+        heat = np.asarray(picture.convert("L")).astype(int)
+        assert heat[:, :12].mean() > heat[:, 44:].mean() + 20  # nothing far outside the mask
+
+
 def test_rows_on_standard_output_have_a_page_too(
     folders: tuple[Path, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
