@@ -24,13 +24,14 @@ from torch import Tensor
 
 import lpips_fast
 from lpips_fast import functional
-from lpips_fast.comparison.masks import Mask
+from lpips_fast.comparison.masks import Mask, MaskMode
 from lpips_fast.images import read_image
+from lpips_fast.lpips import Net
 
 REPOSITORY = Path(__file__).resolve().parents[1]
 EXAMPLES = REPOSITORY / "examples" / "images"
 PAGE = REPOSITORY / "docs" / "masks.md"
-NETS = {"alex": "AlexNet", "squeeze": "SqueezeNet", "vgg": "VGG16"}
+NETS: dict[Net, str] = {"alex": "AlexNet", "squeeze": "SqueezeNet", "vgg": "VGG16"}
 COLOURS = {"alex": "#1b9e77", "squeeze": "#d95f02", "vgg": "#7570b3"}  # ColorBrewer, Dark2
 DISTANCES = (0, 4, 8, 16, 32, 48, 64, 96, 128)  # pixels
 ROUNDING = 1e-6  # of convolutions whose images differ elsewhere
@@ -71,7 +72,8 @@ def draw_meanings(path: Path) -> None:
     rows = figure.subplots(2, 5)
     with torch.no_grad():
         plain = model(*pair).item()
-        for row, mode in zip(rows, ("weighted", "fill")):
+        modes: tuple[MaskMode, ...] = ("weighted", "fill")
+        for row, mode in zip(rows, modes):
             model.spatial = False
             value = model(*pair, mask=mask, mask_mode=mode).item()
             model.spatial = True
@@ -112,7 +114,7 @@ def from_mask() -> Tensor:
     return torch.maximum(away[:, None], away[None])
 
 
-def leak(net: str) -> list[float]:
+def leak(net: Net) -> list[float]:
     """What all positions change by, over the distance, for all DISTANCES.
 
     Without signs, so that changes do not cancel: the distance changes by no more than that.
@@ -148,7 +150,7 @@ def maps(model: lpips_fast.LPIPS, target: lpips_fast.Features, image: Tensor) ->
     return functional.distance_map(target.taps, model.encode(image).taps, weights)
 
 
-def draw_leak(changes: dict[str, list[float]], path: Path) -> None:
+def draw_leak(changes: dict[Net, list[float]], path: Path) -> None:
     figure = Figure(figsize=(6.4, 3.4), layout="constrained", facecolor="white")
     FigureCanvasAgg(figure)
     axes = figure.subplots()
@@ -164,7 +166,7 @@ def draw_leak(changes: dict[str, list[float]], path: Path) -> None:
     figure.savefig(path, dpi=110)
 
 
-def table(changes: dict[str, list[float]]) -> str:
+def table(changes: dict[Net, list[float]]) -> str:
     lines = [
         "| Pixels that change | " + " | ".join(NETS[net] for net in changes) + " |",
         "|---|" + "---:|" * len(changes),

@@ -22,8 +22,8 @@
 namespace lpips_fast {
 namespace {
 
-// One mask in double, its largest value 1, and its sum, NaN where it has no weights. Each column has
-// a sum of its own, which vectorises.
+// One mask in double, its largest value 1, and its sum, NaN where it has no weights. Each column
+// has a sum of its own, which vectorises.
 template <typename in_t>
 double scale_by_largest(const in_t* mask, int64_t height, int64_t width, double* values) {
   std::vector<double> least(width, std::numeric_limits<double>::infinity());
