@@ -8,8 +8,6 @@ import re
 from collections.abc import Sequence
 from pathlib import Path
 
-import torch
-
 from ..folders.measures import METRIC_NAMES
 from ..folders.pairing import Match, Patterns
 
@@ -27,6 +25,12 @@ def size(text: str) -> tuple[int, int]:
     if match is None:
         raise argparse.ArgumentTypeError(f"{text!r} is not a size such as 256x256")
     return int(match[1]), int(match[2])
+
+
+def image_size(text: str) -> tuple[int, int]:
+    """Width and height of images that are made up; one number for a square."""
+    found = size_or_side(text)
+    return (found, found) if isinstance(found, int) else found
 
 
 def size_or_side(text: str) -> int | tuple[int, int]:
@@ -48,13 +52,6 @@ def fill_value(text: str) -> float:
     if not -1 <= value <= 1:
         raise argparse.ArgumentTypeError(f"{text!r} is not a number from -1, black, to 1, white")
     return value
-
-
-def device(text: str) -> torch.device:
-    try:
-        return torch.device(text)
-    except RuntimeError as error:
-        raise argparse.ArgumentTypeError(f"{text!r} is no device: try cpu or cuda") from error
 
 
 def layers(text: str) -> tuple[int, ...]:

@@ -6,7 +6,7 @@ import argparse
 import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, get_args
+from typing import TYPE_CHECKING, Any, get_args
 
 import torch
 
@@ -16,6 +16,9 @@ from ..images.reading import Alpha, image_to_tensor, read_image_uint8
 from ..images.resizing import Preprocessing, Resampling
 from . import argument_types
 from .command import CommandError, UsageError
+
+if TYPE_CHECKING:
+    from ..lpips import LPIPS
 
 #: Of an image, unless --max-pixels says otherwise: some 7000 by 7000. Decoding one takes at most
 #: 1.2 GB, and AlexNet 5 GB.
@@ -146,6 +149,15 @@ def read_one_size(paths: Sequence[str], options: argparse.Namespace) -> list[tor
                 f"{path} is {size_text(image)} pixels; --resize or --crop brings them to one"
             )
     return images
+
+
+def check_minimum(model: LPIPS, path: str, image: torch.Tensor, net: str) -> None:
+    """The first of images of one size is large enough for the trunk."""
+    if min(image.shape[-2:]) < model.minimum_size:
+        raise CommandError(
+            f"{path} has {size_text(image)} pixels, and trunk {net!r} needs at least "
+            f"{model.minimum_size}x{model.minimum_size}; --resize enlarges it"
+        )
 
 
 def refuse_folders(paths: Sequence[str]) -> None:

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from .. import fidelity
+from ..folders.pairing import told_apart
 from ..images.heatmap import PICTURE_SUFFIXES, save_heatmap, save_map_numbers
 from ..version import __version__
 from . import argument_types
@@ -20,6 +21,7 @@ from .command import Command, CommandError, UsageError, add_json_argument, print
 from .image_files import (
     add_image_arguments,
     add_mask_arguments,
+    check_minimum,
     mask_text,
     masking,
     preprocessing,
@@ -57,7 +59,7 @@ def _add_pair_arguments(parser: argparse.ArgumentParser) -> None:
     add_mask_arguments(parser)
     parser.add_argument(
         "--map",
-        type=_picture_path,
+        type=picture_path,
         metavar="OUT",
         help="draw where the images differ, for example OUT.png, and write its numbers to OUT.npy",
     )
@@ -65,7 +67,8 @@ def _add_pair_arguments(parser: argparse.ArgumentParser) -> None:
     add_json_argument(parser)
 
 
-def _picture_path(text: str) -> Path:
+def picture_path(text: str) -> Path:
+    """A path with the suffix of a picture that can be drawn."""
     path = Path(text)
     if path.suffix.lower() not in PICTURE_SUFFIXES:
         raise argparse.ArgumentTypeError(f"{text!r} does not end in {', '.join(PICTURE_SUFFIXES)}")
@@ -95,6 +98,7 @@ def _run_pair(options: argparse.Namespace) -> None:
         layers: list[float] = []
         if needs_model:
             model = load_model(options)
+            check_minimum(model, options.image0, in0, options.net)
             weights = weights_text(options, options.net, model)
             distance, layers = _measure(model, in0.to(options.device), in1.to(options.device), how)
             map_report = _draw_map(model, options, in0, in1, distance, how) if options.map else None
@@ -160,7 +164,7 @@ def _draw_map(
     model.spatial = True
     distance_map = model(in0.to(options.device), in1.to(options.device), **how).cpu()
     model.spatial = False
-    names = (Path(options.image0).name, Path(options.image1).name)
+    names = told_apart([options.image0, options.image1])
     picture = save_heatmap(
         distance_map,
         options.map,

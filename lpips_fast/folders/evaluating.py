@@ -39,7 +39,7 @@ if TYPE_CHECKING:
 
     from ..lpips import LPIPS
 
-__all__ = ["Evaluation", "FolderGoneError", "Row", "default_workers"]
+__all__ = ["Evaluation", "FolderGoneError", "Row", "default_workers", "is_out_of_memory"]
 
 # A batch holds at most so many pixels of one side (four pairs of 256x256 on a CPU). More is no
 # faster there, and takes memory in every thread.
@@ -196,6 +196,16 @@ class Evaluation:
 
         return _in_order(measure, chunks, self.workers, self._stop)
 
+    def read(self, pair: Pair) -> Batch:
+        """A pair, and its mask, as they are measured: resized and cropped, a batch of its own.
+
+        Raises:
+            ValueError: an image cannot be read, or the two do not go together.
+        """
+        decoded = self._read(0, pair, None)
+        masks = [] if decoded.mask is None else [decoded.mask]
+        return Batch([decoded.image0], [decoded.image1], self.device, masks)
+
     def measure(self, pairs: Sequence[Pair]) -> list[Row]:
         """The rows of one chunk, in the calling thread."""
         rows: list[Row | None] = [None] * len(pairs)
@@ -293,7 +303,7 @@ class Evaluation:
             with self._room.take(group[0].pixels * len(group)), torch.inference_mode():
                 values, reasons = self._measured(group)
         except (MemoryError, RuntimeError) as error:
-            if not _is_out_of_memory(error):
+            if not is_out_of_memory(error):
                 raise
             if len(group) > 1:  # together they do not fit; one by one they may
                 for decoded in group:
@@ -409,7 +419,7 @@ def _in_order(
         pool.shutdown(cancel_futures=True)
 
 
-def _is_out_of_memory(error: Exception) -> bool:
+def is_out_of_memory(error: Exception) -> bool:
     """On a CPU torch says so in words alone."""
     if isinstance(error, (MemoryError, torch.OutOfMemoryError)):
         return True

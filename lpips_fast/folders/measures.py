@@ -96,12 +96,14 @@ class Column:
         title: in a table.
         decimals: in a table.
         higher_is_better: else lower is.
+        part_of: the column of which it is one layer's part; empty of all others.
     """
 
     name: str
     title: str
     decimals: int = 4
     higher_is_better: bool = False
+    part_of: str = ""
 
 
 class Measure(Protocol):
@@ -162,7 +164,8 @@ class Distance:
         if per_layer:
             taps = list(trunk_spec(model.net_name).taps)
             self.columns += tuple(
-                Column(f"{name}_{taps[layer]}", f"{title} {taps[layer]}") for layer in model.layers
+                Column(f"{name}_{taps[layer]}", f"{title} {taps[layer]}", part_of=name)
+                for layer in model.layers
             )
         self.minimum_size = model.minimum_size
         self.name = f"trunk {model.pnet_type!r}"

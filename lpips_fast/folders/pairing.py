@@ -33,6 +33,7 @@ __all__ = [
     "pair_several",
     "read_pairs",
     "short_names",
+    "told_apart",
     "with_masks",
 ]
 
@@ -290,6 +291,20 @@ def short_names(folders: Sequence[Path]) -> list[str]:
     for count in range(1, max(map(len, parts), default=1) + 1):
         names = ["/".join(part[-count:]).replace("//", "/") for part in parts]
         if len(set(names)) == len(names):
+            return names
+    raise AssertionError("paths that differ have ends that differ")
+
+
+def told_apart(files: Sequence[str | os.PathLike[str]]) -> list[str]:
+    """As much of the end of each file's path as tells it from the others: mostly its name.
+
+    >>> told_apart(["runs/a/1.png", "runs/b/1.png"]), told_apart(["a/1.png", "b/2.png"])
+    (['a/1.png', 'b/1.png'], ['1.png', '2.png'])
+    """
+    parts = [Path(file).parts for file in files]
+    for count in range(1, max(map(len, parts), default=1) + 1):
+        names = ["/".join(part[-count:]).replace("//", "/") for part in parts]
+        if len(set(names)) == len(set(parts)):
             return names
     raise AssertionError("paths that differ have ends that differ")
 
