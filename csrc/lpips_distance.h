@@ -3,11 +3,15 @@
 // state the same layout rule for torch.compile.
 //
 //   distance(feats0, feats1, weights, eps) -> (N, L)
+//   masked_distance(feats0, feats1, weights, position_weights, eps) -> (N, L)
 //   distance_map(feats0, feats1, weights, eps) -> L maps of (N, 1, H_l, W_l)
 //   *_backward(grad(s), ...) -> gradients, concatenated: feats0, then feats1, then weights
 //
-// Layer l has feats{0,1}[l] of shape (N, C_l, H_l, W_l) and weights[l] of shape (C_l,).
-// Features are float32, float64, float16 or bfloat16; everything else has the accumulator's dtype.
+// Layer l has feats{0,1}[l] of shape (N, C_l, H_l, W_l) and weights[l] of shape (C_l,). A masked
+// distance is the mean over positions of position_weights[l] * map, with one weight a position,
+// (N, 1, H_l, W_l), or (1, 1, H_l, W_l) for all images; of weights whose mean is 1 a weighted
+// average. Its gradient is that of the map, by distance_map_backward. Features are float32,
+// float64, float16 or bfloat16; everything else has the accumulator's dtype.
 #pragma once
 
 #include <vector>
@@ -58,6 +62,24 @@ inline void check_distance_gradient(Backend backend, const Tensor& grad, const T
                        grad.scalar_type() == accumulator_dtype(feats0[0].scalar_type()),
                    "gradient of the distance must be (N, L) in the accumulator's dtype, got ",
                    description_of(grad));
+}
+
+inline void check_position_weights(Backend backend, const TensorList& position_weights,
+                                   const TensorList& feats0) {
+  LPIPS_FAST_CHECK(position_weights.size() == feats0.size(),
+                   "expected the position weights of every layer, got ", position_weights.size(),
+                   " for ", feats0.size(), " layers");
+  Operands(backend).check("feats0", feats0[0]).check("position weights", position_weights);
+  for (size_t l = 0; l < feats0.size(); ++l) {
+    const Tensor &p = position_weights[l], &f = feats0[l];
+    LPIPS_FAST_CHECK(
+        (has_shape(p, {f.size(0), 1, f.size(2), f.size(3)}) ||
+         has_shape(p, {1, 1, f.size(2), f.size(3)})) &&
+            p.scalar_type() == accumulator_dtype(f.scalar_type()),
+        "layer ", l,
+        ": position weights must be (N or 1, 1, H, W) in the accumulator's dtype, got ",
+        description_of(p));
+  }
 }
 
 inline void check_map_gradients(Backend backend, const TensorList& grads,
@@ -123,6 +145,22 @@ inline Layers describe_layers(const TensorList& feats0, const TensorList& feats1
   }
   return layers;
 }
+
+// Weights of positions as a kernel reads them: for an image a line of H*W numbers.
+struct PositionWeights {
+  TensorList owned;  // keeps copied ones alive
+
+  PositionWeights() = default;
+  explicit PositionWeights(const TensorList& given) {
+    for (const Tensor& p : given) owned.push_back(dense(p));
+  }
+
+  const void* data(size_t l) const { return owned[l].const_data_ptr(); }
+  // From an image's to the next's; 0 where one line is for all.
+  int64_t stride_n(size_t l) const {
+    return owned[l].size(0) == 1 ? 0 : owned[l].size(2) * owned[l].size(3);
+  }
+};
 
 inline Tensor empty_gradient(const Tensor& feat, MemoryOrder order) {
   const auto sizes = feat.sizes();

@@ -8,6 +8,9 @@ STABLE_TORCH_LIBRARY(lpips_fast, m) {
       "distance_backward(Tensor grad, Tensor[] feats0, Tensor[] feats1, Tensor[] weights, "
       "float eps, bool need_feats0, bool need_feats1, bool need_weights) -> Tensor[]");
   m.def(
+      "masked_distance(Tensor[] feats0, Tensor[] feats1, Tensor[] weights, "
+      "Tensor[] position_weights, float eps) -> Tensor");
+  m.def(
       "distance_map(Tensor[] feats0, Tensor[] feats1, Tensor[] weights, float eps) "
       "-> Tensor[]");
   m.def(
@@ -16,6 +19,8 @@ STABLE_TORCH_LIBRARY(lpips_fast, m) {
   m.def(
       "tap_backward(Tensor grad, Tensor? deeper, Tensor feat0, Tensor feat1, Tensor weight, "
       "float eps, bool need_weight) -> Tensor[]");
+  // CPU alone: elsewhere by torch's own operators (lpips_fast/comparison/masks.py)
+  m.def("position_weights(Tensor mask, int[] heights, int[] widths, ScalarType dtype) -> Tensor[]");
   m.def("bias_relu_(Tensor(a!) y, Tensor bias) -> ()");  // CUDA alone: oneDNN fuses it on the CPU
   m.def("max_pool2d(Tensor x, int kernel, int stride, bool ceil_mode) -> Tensor");
   m.def(

@@ -12,7 +12,7 @@ import argparse
 from pathlib import Path
 
 import torch
-from demo import RANDOM, add_arguments, load_model
+from demo import RANDOM, add_arguments, load_model, say_before
 
 from lpips_fast.analysis.figures import plot_normalization_table, plot_normalizations
 from lpips_fast.analysis.parts import compare_normalizations, describe, layer_names
@@ -26,6 +26,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     add_arguments(parser)
     options = parser.parse_args()
+    say_before("Seven distorted images, five normalisations, two pictures: some seconds.")
 
     try:
         model, is_real = load_model(options.net, options.weights)

@@ -7,6 +7,7 @@ is nearer; people, and LPIPS, find the warp nearer. The maps show where.
 from __future__ import annotations
 
 import argparse
+import sys
 from pathlib import Path
 
 import torch
@@ -20,13 +21,18 @@ HERE = Path(__file__).resolve().parent
 RANDOM = "The trunk is random: no ImageNet weights could be had. These figures are NOT LPIPS."
 
 
+def say_before(what: str) -> None:
+    """What the program is about to do, and how long it takes; results are on standard output."""
+    print(what, file=sys.stderr, flush=True)
+
+
 def add_arguments(
     parser: argparse.ArgumentParser, net: str = "alex", output: Path = Path("demo_output")
 ) -> None:
     """The arguments that the examples have in common, with the defaults of one."""
     parser.add_argument("--net", default=net, choices=["alex", "vgg", "squeeze"])
     parser.add_argument("--weights", type=Path, help="a file or folder with the trunk's weights")
-    parser.add_argument("--output", type=Path, default=output)
+    parser.add_argument("-o", "--output", type=Path, default=output, help=f"default: {output}")
 
 
 def find_trunk(net: str, weights: Path | None) -> bool:
@@ -53,6 +59,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     add_arguments(parser)
     options = parser.parse_args()
+    say_before("Two distances and their maps: some seconds.")
 
     try:
         model, is_real = load_model(options.net, options.weights)

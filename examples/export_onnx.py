@@ -10,7 +10,7 @@ import argparse
 from pathlib import Path
 
 import torch
-from demo import RANDOM, add_arguments, load_model
+from demo import RANDOM, add_arguments, load_model, say_before
 
 from lpips_fast.export.exported import check_exported, load_exported
 from lpips_fast.export.exporters import export_onnx
@@ -25,6 +25,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     add_arguments(parser)
     options = parser.parse_args()
+    say_before("Two ONNX files, written and run: about half a minute on two cores.")
 
     try:
         model, is_real = load_model(options.net, options.weights)

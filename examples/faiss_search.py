@@ -13,6 +13,7 @@ takes about ten seconds on two cores.
 from __future__ import annotations
 
 import argparse
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -44,6 +45,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--gallery", type=int, default=300, help="the number of images in it")
     parser.add_argument("-k", type=int, default=3, help="neighbours")
     options = parser.parse_args(arguments)
+    print(f"{options.gallery} images as vectors: some seconds for 300.", file=sys.stderr)
 
     model = lpips_fast.LPIPS(net="alex", weights=options.weights, verbose=False)
     gallery = variations(options.gallery)

@@ -16,7 +16,7 @@ import argparse
 from pathlib import Path
 
 import torch
-from demo import RANDOM, add_arguments, load_model
+from demo import RANDOM, add_arguments, load_model, say_before
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from torch import Tensor
@@ -92,6 +92,8 @@ def main() -> None:
     options = parser.parse_args()
     if options.steps < 1:
         parser.error("--steps must be at least 1")
+    seconds = max(5, round(options.steps / 300 * 15))
+    say_before(f"{options.steps} steps: about {seconds} s on two cores, for images of 64x64.")
 
     try:
         model, is_real = load_model(options.net, options.weights)

@@ -16,7 +16,7 @@ from pathlib import Path
 import numpy as np
 import torch
 import torch.nn.functional as F
-from demo import RANDOM, add_arguments, find_trunk
+from demo import RANDOM, add_arguments, find_trunk, say_before
 from torch import Tensor
 from tqdm import trange
 
@@ -96,6 +96,10 @@ def main() -> None:
     parser.add_argument("--epochs", type=int, default=40)
     add_arguments(parser, output=Path("demo_output") / "training")
     options = parser.parse_args()
+    say_before(
+        f"{options.triplets} judgements, {options.epochs} epochs: about half a minute on two cores "
+        "for 1000 and 40."
+    )
 
     try:
         is_real = find_trunk(options.net, options.weights)

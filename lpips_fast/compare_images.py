@@ -16,6 +16,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from .comparison.masks import MaskMode
+from .images.masks import read_mask
 from .images.reading import Alpha, pillow_pixels, read_image_uint8
 from .lpips import LPIPS
 from .normalization import Normalization
@@ -41,6 +43,9 @@ def compare(
     layers: Sequence[int] | None = None,
     alpha: Alpha = "white",
     device: str | torch.device | None = None,
+    mask: AnyImage = None,
+    mask_mode: MaskMode = "weighted",
+    fill_value: float = 0.0,
 ) -> float | Tensor:
     """The distance between two images, or between the images of two batches or videos.
 
@@ -60,6 +65,10 @@ def compare(
             it holds no negative value, for then it may be either.
         alpha: as for :func:`lpips_fast.images.read_image`.
         device: where to compute; by default where the first tensor is, or the CPU.
+        mask: which part of the images counts: the path of a gray image, a Pillow image, an array or
+            a tensor (H, W), or with one mask an image (N, 1, H, W): bool, or numbers that are not
+            negative, of which only the ratios count.
+        mask_mode, fill_value: as for :meth:`LPIPS.forward`.
 
     Returns:
         A number for two images; a tensor (N,), or (N, T) of videos, for batches, of which one image
@@ -90,8 +99,12 @@ def compare(
             )
     model = kept_model(net, version, lpips, weights, normalization, layers, torch.device(device))
     in0, in1 = (image.reshape(-1, *image.shape[-3:]).to(device) for image in images)
+    masking: dict[str, Any] = {}
+    if mask is not None:
+        weights_of_pixels = _as_mask(mask).to(device)
+        masking = {"mask": weights_of_pixels, "mask_mode": mask_mode, "fill_value": fill_value}
     with torch.inference_mode():
-        distances = model(in0, in1).flatten()
+        distances = model(in0, in1, **masking).flatten()
     return distances.item() if not leading else distances.reshape(leading)
 
 
@@ -151,6 +164,26 @@ def _as_images(name: str, x: AnyImage, normalize: bool | None, alpha: Alpha) -> 
             "tensor"
         )
     return _in_range(name, _channels_first(name, x.detach()), normalize)
+
+
+def _as_mask(x: AnyImage) -> Tensor:
+    if isinstance(x, (str, os.PathLike)):
+        x = read_mask(x)[0]
+    elif _is_pillow(x):
+        pixels = pillow_pixels(x, alpha="refuse")
+        if not (pixels == pixels[:, :, :1]).all():
+            raise ValueError("mask has colours, expected a gray image")
+        x = pixels[:, :, 0]
+    if isinstance(x, np.ndarray):
+        x = _from_numpy("mask", x)
+    if isinstance(x, Tensor) and x.dtype == torch.uint8:
+        x = x.float()
+    if not isinstance(x, Tensor):
+        raise TypeError(
+            f"mask is a {type(x).__name__}, expected a path, a Pillow image, a numpy array or a "
+            "tensor"
+        )
+    return x  # what else is wrong with it is said by the model
 
 
 def _is_pillow(x: object) -> bool:

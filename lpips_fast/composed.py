@@ -53,10 +53,17 @@ def distance(
     weights: Sequence[Tensor],
     eps: float = EPS,
     normalization: Normalization = "l2",
+    position_weights: Sequence[Tensor] | None = None,
 ) -> Tensor:
-    """Every layer's distance, averaged over positions: shape (N, L)."""
+    """Every layer's distance, averaged over positions: shape (N, L).
+
+    Args:
+        position_weights: of every layer, (N or 1, 1, H, W), by which its map is multiplied.
+    """
     maps = [
         distance_map(a, b, w, eps, normalization)
         for a, b, w in zip(feats0, feats1, weights, strict=True)
     ]
+    if position_weights is not None:
+        maps = [m * p for m, p in zip(maps, position_weights, strict=True)]
     return torch.stack([m.mean(dim=(1, 2, 3)) for m in maps], dim=1)

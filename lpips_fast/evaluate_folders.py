@@ -9,14 +9,23 @@ from __future__ import annotations
 import os
 import warnings
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, get_args
 
 import torch
 
 from .compare_images import kept_model
+from .comparison.arguments import check_choice
+from .comparison.masks import MaskMode
 from .folders.evaluating import Evaluation
 from .folders.measures import METRIC_NAMES, PSNR, SSIM, Distance, Measure
-from .folders.pairing import FolderError, Match, Pairing, Patterns, pair_several
+from .folders.pairing import (
+    FolderError,
+    Match,
+    Pairing,
+    Patterns,
+    pair_several,
+    with_masks,
+)
 from .images.reading import Alpha
 from .images.resizing import Preprocessing
 from .lpips import LPIPS
@@ -41,6 +50,9 @@ def evaluate(
     device: str | torch.device | None = None,
     batch: int | None = None,
     workers: int | None = None,
+    mask: str | os.PathLike[str] | None = None,
+    mask_mode: MaskMode = "weighted",
+    fill_value: float = 0.0,
 ) -> list[dict[str, Any]]:
     """Measure every pair of images in two folders, or in a folder and several others.
 
@@ -58,14 +70,18 @@ def evaluate(
         alpha, max_pixels: as for :func:`lpips_fast.images.read_image`.
         device: where to compute; by default on the CPU.
         batch, workers: as for :class:`lpips_fast.folders.Evaluation`.
+        mask: a gray image file that says which part of all images counts, or a folder of masks that
+            are called as the images of ``folder_a`` but for the suffix; see
+            :func:`lpips_fast.images.read_mask`. Of ``"lpips"`` alone.
+        mask_mode, fill_value: as for :meth:`LPIPS.forward`.
 
     Returns:
         One dictionary a pair, in natural order of the names: ``name``, ``distance``, ``psnr``,
         ``ssim`` as asked for, and ``error``, why one of them is ``None``.
 
     Raises:
-        FolderError: a folder cannot be listed, or no image has a partner.
-        ValueError: an unknown metric.
+        FolderError: a folder cannot be listed, no image has a partner, or an image has no mask.
+        ValueError: an unknown metric, or masks for another than LPIPS.
 
     Warns:
         Of images without a partner.
@@ -79,12 +95,17 @@ def evaluate(
     unknown = [name for name in metrics if name not in METRIC_NAMES]
     if unknown or not metrics:
         raise ValueError(f"metrics are {list(metrics)}, expected some of {', '.join(METRIC_NAMES)}")
+    if mask is not None and set(metrics) != {"lpips"}:
+        raise ValueError(f"masks are of LPIPS alone, and metrics are {list(metrics)}")
+    check_choice("mask_mode", mask_mode, get_args(MaskMode))
     folders = [folder_b] if isinstance(folder_b, (str, os.PathLike)) else list(folder_b)
     how = Patterns(*match) if isinstance(match, tuple) else match
     pairs, pairings = pair_several(folder_a, folders, match=how, recursive=recursive)
     _warn_of_partnerless(folder_a, folders, pairings)
     if not pairs:
         raise FolderError(f"{folder_a} and {folders[0]} have no image in common")
+    if mask is not None:
+        pairs = with_masks(pairs, mask, match=how, recursive=recursive)
     if model is not None:
         device = model.scaling_layer.shift.device
     place = torch.device(device or "cpu")
@@ -92,7 +113,9 @@ def evaluate(
     for name in metrics:
         if name == "lpips":
             model = kept_model(net, device=place) if model is None else model
-            measures.append(Distance(model, per_layer=per_layer))
+            measures.append(
+                Distance(model, per_layer=per_layer, mask_mode=mask_mode, fill_value=fill_value)
+            )
         else:
             measures.append(PSNR() if name == "psnr" else SSIM())
     with Evaluation(

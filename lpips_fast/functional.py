@@ -78,8 +78,28 @@ def _layer_weights(
                 f"layer {layer}: expected {feat.shape[1]} weights, one per channel, "
                 f"got shape {tuple(weight.shape)}"
             )
-        result.append(weight.reshape(-1).to(device=feat.device, dtype=dtype))
+        if weight.dim() != 1 or weight.dtype != dtype or weight.device != feat.device:
+            weight = weight.reshape(-1).to(device=feat.device, dtype=dtype)
+        result.append(weight)
     return result
+
+
+def _per_position(feats: Sequence[Tensor], position_weights: Sequence[Tensor]) -> list[Tensor]:
+    if len(position_weights) != len(feats):
+        raise ValueError(
+            f"expected position weights for {len(feats)} layers, got {len(position_weights)}"
+        )
+    for layer, (feat, weight) in enumerate(zip(feats, position_weights)):
+        expected = (1, *feat.shape[2:])
+        if tuple(weight.shape[1:]) != expected or weight.shape[0] not in (1, feat.shape[0]):
+            raise ValueError(
+                f"layer {layer}: expected position weights ({feat.shape[0]} or 1, 1, "
+                f"{feat.shape[2]}, {feat.shape[3]}), got {tuple(weight.shape)}"
+            )
+    return [
+        weight.to(device=feat.device, dtype=composed.accumulator_dtype(feat.dtype))
+        for feat, weight in zip(feats, position_weights)
+    ]
 
 
 def _is_fused(normalization: Normalization, feats: Sequence[Tensor]) -> bool:
@@ -96,6 +116,7 @@ def distance(
     *,
     normalization: Normalization = "l2",
     check_inputs: bool = False,
+    position_weights: Sequence[Tensor] | None = None,
 ) -> Tensor:
     """Distance per image and layer, averaged over positions, in one pass over the features.
 
@@ -109,6 +130,10 @@ def distance(
             ``'l2'``; the others are composed of torch's operators, slower and with more memory.
         check_inputs: look at the values and warn of NaN and infinity, naming the first layer that
             holds some. It costs a synchronisation on GPUs; everything else is checked without one.
+        position_weights: weight per position and layer, (N or 1, 1, H_l, W_l), by which the
+            distance there is multiplied before the mean. With weights whose mean is 1 that is a
+            weighted average; masks are made such by :class:`lpips_fast.comparison.masks.Mask`.
+            They are taken to the accumulator's dtype.
 
     Returns:
         (N, L), float32 (float64 for float64 features): per layer
@@ -127,8 +152,15 @@ def distance(
     if check_inputs:
         _look(feats0, feats1)
     per_layer = _layer_weights(feats0, weights)
+    if position_weights is not None:
+        position_weights = _per_position(feats0, position_weights)
     if not _is_fused(normalization, feats0):
-        return composed.distance(feats0, feats1, per_layer, eps, normalization)
+        return composed.distance(feats0, feats1, per_layer, eps, normalization, position_weights)
+    if position_weights is not None:
+        with kernels.below_autograd(*feats0, *feats1, *per_layer, *position_weights):
+            return torch.ops.lpips_fast.masked_distance(
+                list(feats0), list(feats1), per_layer, position_weights, eps
+            )
     with kernels.below_autograd(*feats0, *feats1, *per_layer):
         return torch.ops.lpips_fast.distance(list(feats0), list(feats1), per_layer, eps)
 

@@ -11,11 +11,19 @@ import torch
 from torch import Tensor, nn
 
 from . import pretrained_networks as pn
-from .comparison.arguments import as_features, as_image, check_choice
+from .comparison.arguments import (
+    as_features,
+    as_filled,
+    as_image,
+    as_mask,
+    as_position_weights,
+    check_choice,
+)
 from .comparison.calls import fast_path, like_of, prepare_call
 from .comparison.frozen import freeze, hide_weights
 from .comparison.linear import NetLinLayer, linear_weight, load_linear_weights
 from .comparison.linear import rename_linear_weights as rename
+from .comparison.masks import MaskMode
 from .comparison.negative_weights import NegativeWeightsNotice
 from .comparison.routes import layer_distances
 from .comparison.scaling import ScalingLayer
@@ -246,7 +254,15 @@ class LPIPS(nn.Module):
 
     # ------------------------------------------------------------------------------- features
 
-    def encode(self, images: Tensor, normalize: bool = False) -> Features:
+    def encode(
+        self,
+        images: Tensor,
+        normalize: bool = False,
+        *,
+        mask: Tensor | None = None,
+        mask_mode: MaskMode = "fill",
+        fill_value: float = 0.0,
+    ) -> Features:
         """Features of images, for :meth:`distance` or as an argument of :meth:`forward`.
 
         A fixed target is encoded once and compared as often as wanted; detach it, or encode it
@@ -255,6 +271,9 @@ class LPIPS(nn.Module):
         Args:
             images: as in :meth:`forward`.
             normalize: images are in [0, 1].
+            mask, fill_value: encode the images with this value outside the mask, as ``forward``
+                with ``mask_mode="fill"`` does. A mask that weights (``mask_mode="weighted"``)
+                belongs to the comparison, and goes to :meth:`forward` or :meth:`distance`.
 
         >>> model = LPIPS(pnet_rand=True, verbose=False)
         >>> target = model.encode(torch.zeros(1, 3, 64, 64))
@@ -262,6 +281,14 @@ class LPIPS(nn.Module):
         0.0
         """
         image = as_image(self, "images", images, normalize)
+        if mask is not None:
+            check_choice("mask_mode", mask_mode, get_args(MaskMode))
+            if mask_mode == "weighted":
+                raise ValueError(
+                    "mask_mode='weighted' does not change features; pass the mask to forward or "
+                    "distance, or encode with mask_mode='fill'"
+                )
+            (image,) = as_filled(self, [image], mask, fill_value, normalize)
         return prepare_call(self, [image], normalize).encode(image)
 
     # ------------------------------------------------------------------------------- distance
@@ -278,6 +305,10 @@ class LPIPS(nn.Module):
         in1: Tensor | Features,
         retPerLayer: Literal[False] = False,
         normalize: bool = False,
+        *,
+        mask: Tensor | None = None,
+        mask_mode: MaskMode = "weighted",
+        fill_value: float = 0.0,
     ) -> Tensor: ...
 
     @overload
@@ -287,6 +318,10 @@ class LPIPS(nn.Module):
         in1: Tensor | Features,
         retPerLayer: Literal[True],
         normalize: bool = False,
+        *,
+        mask: Tensor | None = None,
+        mask_mode: MaskMode = "weighted",
+        fill_value: float = 0.0,
     ) -> tuple[Tensor, list[Tensor]]: ...
 
     @overload
@@ -296,6 +331,10 @@ class LPIPS(nn.Module):
         in1: Tensor | Features,
         retPerLayer: bool,
         normalize: bool = False,
+        *,
+        mask: Tensor | None = None,
+        mask_mode: MaskMode = "weighted",
+        fill_value: float = 0.0,
     ) -> Tensor | tuple[Tensor, list[Tensor]]: ...
 
     def forward(
@@ -304,8 +343,12 @@ class LPIPS(nn.Module):
         in1: Tensor | Features,
         retPerLayer: bool = False,
         normalize: bool = False,
+        *,
+        mask: Tensor | None = None,
+        mask_mode: MaskMode = "weighted",
+        fill_value: float = 0.0,
     ) -> Tensor | tuple[Tensor, list[Tensor]]:
-        """Distance between two images, or two batches of images.
+        """Distance between two images, or two batches of images, or the masked part of them.
 
         Args:
             in0, in1: (N, 3, H, W) RGB in [-1, 1]; (N, 1, H, W) is taken for gray, (3, H, W) for a
@@ -314,17 +357,31 @@ class LPIPS(nn.Module):
                 :meth:`encode` returns them, at no cost but the comparison.
             retPerLayer: also return the list of each layer's part, whose sum is the distance.
             normalize: images are in [0, 1].
+            mask: what counts, (H, W) or (1 or N, 1, H, W) at the images' size: bool, or floating
+                point that is nowhere negative. Each image's mask is above 0 somewhere.
+            mask_mode: ``"weighted"``: every layer's distance is averaged with the mask as weights,
+                ``sum(w d) / sum(w)``, w at a position being the mean of the mask over its cell of
+                the image. Around the mask, as far as the network sees, the images still count. With
+                ``spatial`` the map is multiplied by the mask. ``"fill"``: both images get
+                ``fill_value`` wherever the mask is 0, and the distance is the plain one; nothing
+                outside counts. See :mod:`lpips_fast.comparison.masks`.
+            fill_value: in [-1, 1], also with ``normalize``.
 
         Returns:
             (N, 1, 1, 1), or with ``spatial`` maps (N, 1, H, W), or a scalar under ``reduction``;
             float32 for images of float32 and lower precision, float64 for float64.
 
         Raises:
-            ValueError: shapes or devices that do not fit, images too small for the trunk, or
-                features of another trunk or of other layers.
+            ValueError: shapes or devices that do not fit, images too small for the trunk,
+                features of another trunk or of other layers, features that should be filled, or a
+                mask that is empty, negative or not finite (its values are looked at in eager calls,
+                which costs GPUs a synchronisation; elsewhere, and there with
+                ``check_inputs=False``, such a mask makes the distance NaN).
             TypeError: integers, or dtypes that differ from each other or from the model's.
         """
-        pair = [
+        if mask is not None:
+            check_choice("mask_mode", mask_mode, get_args(MaskMode))
+        pair: Sequence[Tensor | Features] = [
             as_features(self, name, x)
             if isinstance(x, Features)
             else as_image(self, name, x, normalize)
@@ -334,7 +391,18 @@ class LPIPS(nn.Module):
             self._range_notice.look(pair, normalize)
         if self.lpips and not self.frozen and torch.is_grad_enabled():
             self._negative_weights_notice.look(self.lins)
-        layers = layer_distances(self, pair[0], pair[1], normalize)
+        if mask is None:
+            layers = layer_distances(self, pair[0], pair[1], normalize)
+        elif mask_mode == "fill":
+            pair = as_filled(self, pair, mask, fill_value, normalize)
+            layers = layer_distances(self, pair[0], pair[1], normalize)
+        elif self.spatial:
+            mask = as_mask(self, mask, pair)
+            layers = layer_distances(self, pair[0], pair[1], normalize)
+            layers = [layer * mask.to(layer.dtype) for layer in layers]
+        else:
+            weighted = as_position_weights(self, mask, pair)
+            layers = layer_distances(self, pair[0], pair[1], normalize, weighted)
         value = self._reduce(functools.reduce(torch.add, layers))
         return (value, [self._reduce(layer) for layer in layers]) if retPerLayer else value
 
@@ -343,19 +411,36 @@ class LPIPS(nn.Module):
 
     @overload
     def distance(
-        self, features0: Features, features1: Features, retPerLayer: Literal[False] = False
+        self,
+        features0: Features,
+        features1: Features,
+        retPerLayer: Literal[False] = False,
+        *,
+        mask: Tensor | None = None,
     ) -> Tensor: ...
 
     @overload
     def distance(
-        self, features0: Features, features1: Features, retPerLayer: Literal[True]
+        self,
+        features0: Features,
+        features1: Features,
+        retPerLayer: Literal[True],
+        *,
+        mask: Tensor | None = None,
     ) -> tuple[Tensor, list[Tensor]]: ...
 
     def distance(
-        self, features0: Features, features1: Features, retPerLayer: bool = False
+        self,
+        features0: Features,
+        features1: Features,
+        retPerLayer: bool = False,
+        *,
+        mask: Tensor | None = None,
     ) -> Tensor | tuple[Tensor, list[Tensor]]:
-        """:meth:`forward` on features that :meth:`encode` returned."""
-        return self(features0, features1, retPerLayer)
+        """:meth:`forward` on features that :meth:`encode` returned; a mask weights positions."""
+        if mask is None:
+            return self(features0, features1, retPerLayer)
+        return self(features0, features1, retPerLayer, mask=mask)
 
     def extra_repr(self) -> str:
         """How the number is made, as part of ``repr(model)``."""

@@ -8,11 +8,14 @@ from __future__ import annotations
 
 import os
 from collections.abc import Mapping, Sequence
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import torch
 from torch import Tensor
 
+from .comparison.arguments import check_choice
+from .comparison.masks import MaskMode
+from .features import Features
 from .lpips import LPIPS, Version
 from .normalization import Normalization
 
@@ -42,12 +45,17 @@ class LPIPSMetric(Metric):
         normalize: images are in [0, 1] instead of [-1, 1].
         version, lpips, weights, dtype, max_batch, check_inputs, layers, normalization: as for
             :class:`LPIPS`.
+        mask_mode, fill_value: what a mask of :meth:`update` means, as for :meth:`LPIPS.forward`.
         kwargs: of :class:`torchmetrics.Metric`, for example ``sync_on_compute``.
 
-    ``update(img1, img2)`` takes (N, 3, H, W) each, and either may be :class:`Features`;
-    ``compute()`` returns a scalar, or without a reduction one distance an image (N in all,), of
-    which torchmetrics makes a scalar where there is but one. ``forward`` returns the batch's value,
-    with a graph where the images want a gradient.
+    ``update(img1, img2, mask=None)`` takes (N, 3, H, W) each, and either may be :class:`Features`;
+    a mask is (H, W) or (1 or N, 1, H, W), and the mean is that of images, however much of them is
+    masked. Under torchmetrics' ``BootStrapper``, which draws from all that it is given, pass one
+    mask an image. ``compute()`` returns a scalar, or without a reduction one distance an image
+    (N in all,), of which torchmetrics makes a scalar where there is but one. ``forward`` returns
+    the batch's value, with a graph where the images want a gradient. Before any ``update``,
+    ``compute`` warns as torchmetrics' metrics do, and the mean is NaN, the sum 0; without a
+    reduction there is nothing to concatenate, a ValueError.
 
     Sums are float64. A device without it, as ``mps``, needs ``metric.set_dtype(torch.float32)``
     before ``metric.to("mps")``.
@@ -87,6 +95,8 @@ class LPIPSMetric(Metric):
         check_inputs: bool = False,
         layers: Sequence[int] | None = None,
         normalization: Normalization = "l2",
+        mask_mode: MaskMode = "weighted",
+        fill_value: float = 0.0,
         **kwargs: Any,
     ) -> None:
         super().__init__(**kwargs)
@@ -96,8 +106,11 @@ class LPIPSMetric(Metric):
             )
         if not isinstance(normalize, bool):
             raise ValueError(f"normalize is {normalize!r}, expected True or False")
+        check_choice("mask_mode", mask_mode, get_args(MaskMode))
         self.reduction = reduction
         self.normalize = normalize
+        self.mask_mode: MaskMode = mask_mode
+        self.fill_value = fill_value
         self.net = LPIPS(
             net=net_type,
             version=version,
@@ -132,8 +145,13 @@ class LPIPSMetric(Metric):
             self.distances[-1] = self.distances[-1].detach()
         return value
 
-    def update(self, img1: Tensor, img2: Tensor) -> None:
-        distances = self.net(img1, img2, normalize=self.normalize).flatten()
+    def update(
+        self, img1: Tensor | Features, img2: Tensor | Features, mask: Tensor | None = None
+    ) -> None:
+        masking: dict[str, Any] = {}
+        if mask is not None:
+            masking = {"mask": mask, "mask_mode": self.mask_mode, "fill_value": self.fill_value}
+        distances = self.net(img1, img2, normalize=self.normalize, **masking).flatten()
         if self.reduction in ("none", None):
             self.distances.append(distances)
         else:

@@ -34,6 +34,7 @@ REGISTER_LIMITS = {
 }
 OPERATORS = [
     *("distance", "distance_backward", "distance_map", "distance_map_backward", "tap_backward"),
+    "masked_distance",
     *("bias_relu_", "scale_images", "scale_images_flagged", "max_pool2d", "max_pool2d_backward"),
 ]
 

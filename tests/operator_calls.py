@@ -109,6 +109,59 @@ def of_distance_map(draw: Draw) -> Call:
     return [*layers(draw), 1e-10], maps
 
 
+def of_masked_distance(draw: Draw) -> Call:
+    groups = layers(draw)
+    n = len(groups[0][0])
+    position_weights = [
+        draw.numbers(draw.one_of([n, 1]), 1, *f.shape[2:], dtype=groups[2][0].dtype)
+        for f in groups[0]
+    ]
+
+    def formula(a: list, b: list, w: list, p: list, eps: float) -> Tensor:
+        a, b, w, p = in_float64([a, b, w, p])
+        return composed.distance(a, b, w, eps, position_weights=p)
+
+    return [*groups, position_weights, 1e-10], formula
+
+
+def of_position_weights(draw: Draw) -> Call:
+    size = (draw.integer(1, 30), draw.integer(1, 30))
+    dtype = draw.one_of([torch.bool, *FLOATS])
+    mask = draw.numbers(draw.integer(0, 3), 1, *size).to(dtype)
+    mask[:, :, : draw.integer(0, size[0] - 1)] = 0
+    grids = [(draw.integer(1, 9), draw.integer(1, 40)) for _ in range(draw.integer(0, 3))]
+    heights, widths = [h for h, _ in grids], [w for _, w in grids]
+
+    def formula(
+        mask: Tensor, heights: list[int], widths: list[int], dtype: torch.dtype
+    ) -> list[Tensor]:
+        return [cell_means(mask, h, w) for h, w in zip(heights, widths, strict=True)]
+
+    return [mask, heights, widths, draw.one_of([torch.float32, torch.float64])], formula
+
+
+def cell_means(mask: Tensor, height: int, width: int) -> Tensor:
+    """Of each of height x width cells the mean of a mask (N, 1, H, W), over the mean of all cells.
+
+    By the area that each pixel and each cell have in common. NaN where a mask has no weights.
+    """
+    mask = mask.detach().double()
+    mask = mask.masked_fill((mask < 0).any(3, True).any(2, True), float("nan"))
+    down, across = (
+        overlaps(size, count) for size, count in zip(mask.shape[2:], (height, width), strict=True)
+    )
+    means = torch.einsum("iy,ncyx,jx->ncij", down, mask, across)
+    return means / means.mean(dim=(2, 3), keepdim=True)
+
+
+def overlaps(size: int, count: int) -> Tensor:
+    """(count, size): the part of each cell that lies in each pixel."""
+    edges = torch.arange(count + 1, dtype=torch.float64)[:, None] * size / count
+    pixel = torch.arange(size, dtype=torch.float64)
+    common = torch.minimum(edges[1:], pixel + 1) - torch.maximum(edges[:-1], pixel)
+    return common.clamp(min=0) * count / size
+
+
 def of_distance_backward(draw: Draw) -> Call:
     a, b, w = layers(draw)
     grad = draw.numbers(len(a[0]), len(a), dtype=w[0].dtype)

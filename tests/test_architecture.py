@@ -37,7 +37,7 @@ LAYERS = [
     "lpips",
     "pairs",
     "metrics folders analysis choice info compare_images",
-    "judgements export evaluate_folders",
+    "judgements export evaluate_folders report",
     "trainer",
     "pairwise plots training",  # doors at the paths of 0.1
     "__init__",  # the public names

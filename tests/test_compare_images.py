@@ -134,3 +134,30 @@ def test_what_is_no_image(image: Any, message: str) -> None:
 def test_a_path_that_is_none(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"cannot read '.*gone\.png': no such file"):
         compare(tmp_path / "gone.png", tmp_path / "gone.png")
+
+
+def test_masks(tmp_path: Path, pixels: np.ndarray) -> None:
+    """Of every kind that images have; the model's number."""
+    mask = np.zeros((40, 48), np.uint8)
+    mask[5:20, 10:40] = 200
+    Image.fromarray(mask).save(tmp_path / "mask.png")
+    a, b = (signed(x)[None] for x in pixels)
+    model = lpips_fast.LPIPS(verbose=False, check_inputs=False)
+    for options in ({}, {"mask_mode": "fill", "fill_value": 0.5}):
+        with torch.no_grad():
+            value = model(a, b, mask=torch.from_numpy(mask > 0), **options).item()
+        for kind in (
+            *(tmp_path / "mask.png", str(tmp_path / "mask.png"), Image.fromarray(mask), mask),
+            *(mask > 0, mask / 255, torch.from_numpy(mask), torch.from_numpy(mask > 0)),
+        ):
+            assert compare(*pixels, mask=kind, **options) == pytest.approx(value, rel=1e-6)
+    each = compare(pixels[:1], pixels, mask=np.stack([mask, mask.T.reshape(40, 48)])[:, None])
+    assert each.shape == (2,)
+    for wrong, error, words in [
+        (mask[1:], ValueError, "mask is of 39x48 pixels"),
+        (mask * 0, ValueError, "mask is empty"),
+        ([1, 2], TypeError, "mask is a list"),
+        (Image.fromarray(pixels[0]), ValueError, "mask has colours"),
+    ]:
+        with pytest.raises(error, match=words):
+            compare(*pixels, mask=wrong)

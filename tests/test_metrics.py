@@ -251,9 +251,30 @@ def test_dropout_stays_off() -> None:
     torch.testing.assert_close(metric.compute(), distances_of([pair]).mean())
 
 
-def test_empty() -> None:
-    with pytest.warns(UserWarning, match="before"):
-        assert metric_of().compute().isnan()
+@pytest.mark.parametrize("reduction", REDUCTIONS)
+def test_compute_before_update(reduction: Any) -> None:
+    """As torchmetrics' own of the same reduction, warning included."""
+    theirs = {"mean": torchmetrics.MeanSquaredError(), "sum": torchmetrics.SumMetric()}
+    other = theirs.get(reduction) or torchmetrics.image.StructuralSimilarityIndexMeasure(
+        reduction="none"
+    )
+    results = []
+    for metric in (metric_of(reduction=reduction), other):
+        with pytest.warns(UserWarning, match=f"{type(metric).__name__} was called before"):
+            try:
+                results.append(metric.compute())
+            except ValueError as error:
+                results.append(str(error))
+    if isinstance(results[1], str):
+        assert results[0] == results[1]
+    else:
+        torch.testing.assert_close(*results, equal_nan=True)
+    metric = metric_of(reduction=reduction)
+    (pair,) = batches(2)
+    metric.update(*pair)
+    metric.reset()
+    metric.update(*pair)
+    torch.testing.assert_close(metric.compute(), reduced(distances_of([pair]), reduction))
 
 
 def test_copies() -> None:
@@ -273,6 +294,78 @@ def test_in_a_collection() -> None:
     for pair in pairs:
         collection.update(*pair)
     torch.testing.assert_close(collection.compute()["lpips"], distances_of(pairs).mean())
+
+
+def test_a_running_mean() -> None:
+    """Of the last two updates."""
+    pairs = batches(2, 3, 1, 2)
+    for reduction in ("mean", "sum"):
+        running = torchmetrics.wrappers.Running(metric_of(reduction=reduction), window=2)
+        for k, pair in enumerate(pairs):
+            value = running(*pair) if k % 2 else running.update(*pair)
+            if value is not None:
+                torch.testing.assert_close(value, reduced(distances_of([pair]), reduction))
+        expected = reduced(distances_of(pairs[-2:]), reduction)
+        torch.testing.assert_close(running.compute(), expected)
+
+
+def test_bootstrapped() -> None:
+    """Resamples of the images, with their masks: of two kinds of pairs the mean is in between."""
+    (pair,) = batches(6)
+    mask = torch.zeros(6, 1, *pair[0].shape[2:])
+    mask[:3, :, :20], mask[3:, :, -20:] = 1, 1
+    each = masked_distances(pair, mask)
+    torch.manual_seed(0)
+    for options, expected in (({}, distances_of([pair])), ({"mask": mask}, each)):
+        bootstrap = torchmetrics.wrappers.BootStrapper(
+            metric_of(), num_bootstraps=8, sampling_strategy="multinomial", raw=True
+        )
+        bootstrap.update(*pair, **options)
+        found = bootstrap.compute()
+        assert expected.min() <= found["raw"].min() < found["raw"].max() <= expected.max()
+        torch.testing.assert_close(found["mean"], found["raw"].mean())
+
+
+def masked_distances(pair: tuple[Tensor, Tensor], mask: Tensor, **options: Any) -> Tensor:
+    model = LPIPS(weights=trunk_weights("alex"), verbose=False)
+    with torch.no_grad():
+        return model(*pair, mask=mask, **options).flatten()
+
+
+@pytest.mark.parametrize("reduction", REDUCTIONS)
+def test_masks(reduction: Any) -> None:
+    pairs = batches(2, 3)
+    size = pairs[0][0].shape[2:]
+    masks = [torch.rand(2, 1, *size) > 0.3, torch.rand(size)]
+    for options in ({}, {"mask_mode": "fill", "fill_value": -0.5}):
+        metric = metric_of(reduction=reduction, **options)
+        metric.update(*pairs[0], masks[0])
+        value = metric(*pairs[1], mask=masks[1])
+        each = [masked_distances(p, m, **options) for p, m in zip(pairs, masks, strict=True)]
+        torch.testing.assert_close(value, reduced(each[1], reduction))
+        torch.testing.assert_close(metric.compute(), reduced(torch.cat(each), reduction))
+
+
+def test_masks_that_are_refused() -> None:
+    (pair,) = batches(1)
+    with pytest.raises(ValueError, match="unknown mask_mode 'soft'"):
+        metric_of(mask_mode="soft")
+    metric = metric_of()
+    with pytest.raises(ValueError, match="mask is empty"):
+        metric.update(*pair, torch.zeros(pair[0].shape[2:]))
+
+
+def test_masks_in_a_collection() -> None:
+    """Others are not given what they do not take."""
+    (pair,) = batches(2)
+    mask = torch.rand(2, 1, *pair[0].shape[2:])
+    collection = torchmetrics.MetricCollection(
+        {"lpips": metric_of(), "mse": torchmetrics.MeanSquaredError()}
+    )
+    collection.update(preds=pair[0], target=pair[1], img1=pair[0], img2=pair[1], mask=mask)
+    found = collection.compute()
+    torch.testing.assert_close(found["lpips"], masked_distances(pair, mask).mean())
+    torch.testing.assert_close(found["mse"], (pair[0] - pair[1]).square().mean())
 
 
 def test_merged_state() -> None:

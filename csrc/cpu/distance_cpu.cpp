@@ -86,10 +86,18 @@ void distances_of_chunk(const LayerView& layer, int64_t image, int64_t begin, in
   });
 }
 
-// out[image * out_stride] = mean of the distances of an image
+// A weight for every position, in lines of H*W: `data` null where all count alike.
+struct PositionWeightView {
+  const void* data = nullptr;
+  int64_t image_stride = 0;
+};
+
+// out[image * out_stride] = mean of the distances of an image, each times its position's weight.
+// The weights meet the distances in a chunk's sum, in double as these: so weights of 1 leave every
+// bit as it is, and the kernels know nothing of them.
 template <typename feature_t>
-void average(const LayerView& layer, double eps, accumulator_t<feature_t>* out,
-             int64_t out_stride) {
+void average(const LayerView& layer, double eps, const PositionWeightView& weights,
+             accumulator_t<feature_t>* out, int64_t out_stride) {
   using acc_t = accumulator_t<feature_t>;
   const Chunks chunks(layer);
   if (layer.c == 0) {  // nothing to sum at however many positions
@@ -102,7 +110,14 @@ void average(const LayerView& layer, double eps, accumulator_t<feature_t>* out,
     acc_t distance[kMaxPositionsPerChunk];
     distances_of_chunk<feature_t>(layer, image, begin, end, eps, distance);
     double sum = 0;
-    for (int64_t p = 0; p < end - begin; ++p) sum += distance[p];
+    if (weights.data) {
+      const acc_t* weight =
+          static_cast<const acc_t*>(weights.data) + image * weights.image_stride + begin;
+      for (int64_t p = 0; p < end - begin; ++p)
+        sum += static_cast<double>(distance[p]) * static_cast<double>(weight[p]);
+    } else {
+      for (int64_t p = 0; p < end - begin; ++p) sum += distance[p];
+    }
     partial[chunk] = sum;
   });
   for (int64_t image = 0; image < layer.n; ++image) {
@@ -175,17 +190,35 @@ void backward(const LayerView& layer, double eps, const DistanceGradient& grad,
   }
 }
 
-Tensor distance(TensorList feats0, TensorList feats1, TensorList weights, double eps) {
-  check_layers(Backend::kCPU, feats0, feats1, weights);
+// `position_weights`: of every layer, or none at all.
+Tensor averages(const TensorList& feats0, const TensorList& feats1, const TensorList& weights,
+                const PositionWeights& position_weights, double eps) {
   const Layers layers = describe_layers(feats0, feats1, weights);
   const auto count = static_cast<int64_t>(feats0.size());
   const Tensor out = empty_accumulators({feats0[0].size(0), count}, feats0[0]);
   dispatch_feature_dtype(feats0[0].scalar_type(), [&](auto feature) {
     using feature_t = decltype(feature);
     auto* first = static_cast<accumulator_t<feature_t>*>(out.mutable_data_ptr());
-    for (int64_t l = 0; l < count; ++l) average<feature_t>(layers.views[l], eps, first + l, count);
+    for (int64_t l = 0; l < count; ++l) {
+      PositionWeightView of_layer;
+      if (!position_weights.owned.empty())
+        of_layer = {position_weights.data(l), position_weights.stride_n(l)};
+      average<feature_t>(layers.views[l], eps, of_layer, first + l, count);
+    }
   });
   return out;
+}
+
+Tensor distance(TensorList feats0, TensorList feats1, TensorList weights, double eps) {
+  check_layers(Backend::kCPU, feats0, feats1, weights);
+  return averages(feats0, feats1, weights, {}, eps);
+}
+
+Tensor masked_distance(TensorList feats0, TensorList feats1, TensorList weights,
+                       TensorList position_weights, double eps) {
+  check_layers(Backend::kCPU, feats0, feats1, weights);
+  check_position_weights(Backend::kCPU, position_weights, feats0);
+  return averages(feats0, feats1, weights, PositionWeights(position_weights), eps);
 }
 
 TensorList distance_map(TensorList feats0, TensorList feats1, TensorList weights, double eps) {
@@ -320,6 +353,7 @@ TensorList tap_backward(Tensor grad, std::optional<Tensor> deeper, Tensor feat0,
 STABLE_TORCH_LIBRARY_IMPL(lpips_fast, CPU, m) {
   m.impl("distance", TORCH_BOX(&lpips_fast::distance));
   m.impl("distance_backward", TORCH_BOX(&lpips_fast::distance_backward));
+  m.impl("masked_distance", TORCH_BOX(&lpips_fast::masked_distance));
   m.impl("distance_map", TORCH_BOX(&lpips_fast::distance_map));
   m.impl("distance_map_backward", TORCH_BOX(&lpips_fast::distance_map_backward));
   m.impl("tap_backward", TORCH_BOX(&lpips_fast::tap_backward));

@@ -34,6 +34,14 @@ struct BlockRun {
     column = width ? first % width : first;
   }
 
+  // Of the run's position `local`, in an average.
+  template <typename A>
+  __device__ __forceinline__ A position_weight(const LayerTask& task, int local) const {
+    const A* line =
+        static_cast<const A*>(task.position_weight.data) + image * task.position_weight.stride_n;
+    return __ldg(line + first + local);
+  }
+
   // Offsets are 64-bit; the run itself is counted in 32 bits.
   template <typename View>
   __device__ __forceinline__ int64_t start(const View& view) const {

@@ -12,7 +12,8 @@
 // 8), and stays packed in registers between the norm and the difference: C up to 512. More channels
 // are walked in slabs of 512, as in channels_last_kernels.cuh. Where address, strides or H*W do not
 // allow such loads (an odd H*W puts every other channel off the boundary), lanes load one element.
-//   forward:  reads 2 features; writes 4 bytes a position (map) or a block (average)
+//   forward:  reads 2 features, with position weights 4 bytes a position; writes 4 bytes a position
+//             (map) or a block (average)
 //   backward: reads 2 features; writes each asked gradient once; weights: C sums a block
 #pragma once
 
@@ -188,6 +189,11 @@ __global__ void __launch_bounds__(kChannelsFirstMaxThreads, kVectors && sizeof(T
         if (round + in_round < run.count) map[in_round] = sum;
       });
     } else {
+      if (task.position_weight.data) {
+#pragma unroll
+        for (int i = 0; i < kSize; ++i)
+          if (local + i < run.count) distance[0][i] *= run.position_weight<A>(task, local + i);
+      }
 #pragma unroll
       for (int i = 0; i < kSize; ++i) total += distance[0][i];
     }

@@ -10,7 +10,8 @@
 // starts with the slab that the earlier one ended with, still in registers, and reads the others
 // again from L1 or L2. Features that do not allow 16-byte loads (address, strides or C) take the
 // same path with loads of one element, and hold up to 512 channels (float64: 256).
-//   forward:  reads 2 features; writes 4 bytes a position (map) or a block (average)
+//   forward:  reads 2 features, with position weights 4 bytes a position; writes 4 bytes a position
+//             (map) or a block (average)
 //   backward: reads 2 features; writes each asked gradient once; weights: C sums a block
 //   of a tap: reads 2 features and the gradient from deeper layers; writes 1 gradient
 #pragma once
@@ -132,6 +133,8 @@ __global__ void __launch_bounds__(kChannelsLastThreads, kVectors ? 4 : 2)
       if (lane.lane == 0 && !past_end)
         static_cast<A*>(task.map)[run.image * task.positions + run.first + local] = distance;
     } else {
+      // Once a position, behind all its channels. A weight of 1 leaves every bit as it is.
+      if (task.position_weight.data) distance *= run.position_weight<A>(task, local);
       total += past_end ? A(0) : distance;
     }
   }

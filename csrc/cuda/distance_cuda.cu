@@ -53,14 +53,31 @@ void run_distance(Operation operation, const std::vector<LayerWork>& works, cons
   check(cudaGetLastError());
 }
 
-Tensor distance(TensorList feats0, TensorList feats1, TensorList weights, double eps) {
-  check_layers(Backend::kCUDA, feats0, feats1, weights);
+// `position_weights`: of every layer, or none at all.
+Tensor averages(const TensorList& feats0, const TensorList& feats1, const TensorList& weights,
+                const TensorList& position_weights, double eps) {
   const DeviceGuard guard(feats0[0].get_device_index());
   const Layers layers = describe_layers(feats0, feats1, weights);
+  const PositionWeights of_positions(position_weights);
+  std::vector<LayerWork> works = works_of(layers);
+  for (size_t l = 0; l < of_positions.owned.size(); ++l)
+    works[l].position_weight = {of_positions.data(l), of_positions.stride_n(l)};
   const Tensor out =
       empty_accumulators({feats0[0].size(0), static_cast<int64_t>(feats0.size())}, feats0[0]);
-  run_distance(Operation::kAverage, works_of(layers), feats0[0], eps, out.mutable_data_ptr());
+  run_distance(Operation::kAverage, works, feats0[0], eps, out.mutable_data_ptr());
   return out;
+}
+
+Tensor distance(TensorList feats0, TensorList feats1, TensorList weights, double eps) {
+  check_layers(Backend::kCUDA, feats0, feats1, weights);
+  return averages(feats0, feats1, weights, {}, eps);
+}
+
+Tensor masked_distance(TensorList feats0, TensorList feats1, TensorList weights,
+                       TensorList position_weights, double eps) {
+  check_layers(Backend::kCUDA, feats0, feats1, weights);
+  check_position_weights(Backend::kCUDA, position_weights, feats0);
+  return averages(feats0, feats1, weights, position_weights, eps);
 }
 
 TensorList distance_map(TensorList feats0, TensorList feats1, TensorList weights, double eps) {
@@ -190,6 +207,7 @@ TensorList tap_backward(Tensor grad, std::optional<Tensor> deeper, Tensor feat0,
 STABLE_TORCH_LIBRARY_IMPL(lpips_fast, CUDA, m) {
   m.impl("distance", TORCH_BOX(&lpips_fast::cuda::distance));
   m.impl("distance_backward", TORCH_BOX(&lpips_fast::cuda::distance_backward));
+  m.impl("masked_distance", TORCH_BOX(&lpips_fast::cuda::masked_distance));
   m.impl("distance_map", TORCH_BOX(&lpips_fast::cuda::distance_map));
   m.impl("distance_map_backward", TORCH_BOX(&lpips_fast::cuda::distance_map_backward));
   m.impl("tap_backward", TORCH_BOX(&lpips_fast::cuda::tap_backward));

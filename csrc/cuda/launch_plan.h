@@ -57,6 +57,13 @@ struct UpstreamView {
   int64_t stride_n, stride_h, stride_w;
 };
 
+// A weight for every position of an average, in lines of H*W; data null: all count alike. stride_n
+// is 0 where one line is for all images.
+struct PositionWeightView {
+  const void* data;
+  int64_t stride_n;
+};
+
 // One layer of a call. A forward has `map` or averages; a backward has an upstream gradient and at
 // least one gradient to write.
 struct LayerWork {
@@ -67,6 +74,7 @@ struct LayerWork {
   GradientView grad0{}, grad1{};
   void* grad_weight = nullptr;  // (C,)
   FeatureView deeper{};         // of a tap: the gradient from deeper layers; data null: none
+  PositionWeightView position_weight{};  // of an average
 };
 
 // ------------------------------------------------------------------------- what a kernel is told
@@ -79,6 +87,7 @@ struct LayerTask {
   double upstream_scale;
   const void* weight;
   void* map;
+  PositionWeightView position_weight;
   int64_t positions;                                // H*W
   int64_t sums_first, sums_stride_n, sums_divisor;  // where a block leaves its sum of distances
   int64_t weight_rows_first;    // where its rows of the weight's gradient begin in the workspace
@@ -251,6 +260,7 @@ inline LayerTask describe(const LayerWork& work, int element_size, bool vectors)
   task.upstream_scale = work.upstream_scale;
   task.weight = layer.weight;
   task.map = work.map;
+  task.position_weight = work.position_weight;
   task.positions = layer.h * layer.w;
   task.width = grid.height > 1 ? static_cast<uint32_t>(grid.width) : 0;
   task.channels = static_cast<int32_t>(layer.c);

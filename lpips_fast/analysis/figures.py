@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from ..features import Features
-from ..images.heatmap import _COLOUR_MAP, _plane, _rgb, _shortened
+from ..images.heatmap import COLOUR_MAP, _shortened, drawable, plane_of, rgb_of
 from ..normalization import (
     NORMALIZATIONS,
     accumulator_dtype,
@@ -73,7 +73,7 @@ def _new_figure(width: float, height: float, title: str | None) -> Figure:
     FigureCanvasAgg(figure)
     if title:
         # File names hold dollar signs; parse_math=False keeps them from being read as formulas.
-        figure.suptitle(title, fontsize=11, parse_math=False)
+        figure.suptitle(drawable(title), fontsize=11, parse_math=False)
     return figure
 
 
@@ -330,14 +330,14 @@ def plot_layer_contributions(
             axes.set_xlabel(unit, fontsize=9)
         for row, total in enumerate(values.sum(axis=1)):
             left.annotate(
-                f"{total:.3g}",
+                f"{total:.8f}",
                 (total, row),
                 (4, 0),
                 textcoords="offset points",
                 va="center",
                 fontsize=8,
             )
-        left.set_xlim(0, 1.12 * max(values.sum(axis=1).max(), 1e-12))
+        left.set_xlim(0, 1.3 * max(values.sum(axis=1).max(), 1e-12))
         left.set_yticks(range(count), labels, parse_math=False)
         left.set_ylim(count - 0.5, -0.5)
         figure.legend(
@@ -364,7 +364,7 @@ def plot_layer_contributions(
     ends = means + deviations
     for row, (end, value, share) in enumerate(zip(ends, means, shares.mean(axis=0))):
         axes.annotate(
-            f"{value:.3g}  ({share:.0f} %)",
+            f"{value:.8f}  ({share:.0f} %)",
             (end, row),
             (5, 0),
             textcoords="offset points",
@@ -373,9 +373,9 @@ def plot_layer_contributions(
         )
     axes.set_yticks(range(depth), contributions.layers)
     axes.set_ylim(depth - 0.5, -0.5)
-    axes.set_xlim(0, 1.25 * max(ends.max(), 1e-12))
+    axes.set_xlim(0, 1.4 * max(ends.max(), 1e-12))
     total = values.sum(axis=1).mean()
-    of = f"sum {total:.4g}" if count == 1 else f"mean of {count} pairs, sum {total:.4g}"
+    of = f"sum {total:.8f}" if count == 1 else f"mean of {count} pairs, sum {total:.8f}"
     axes.set_xlabel(f"part of the distance ({of})", fontsize=9)
     axes.set_ylabel("layer", fontsize=9)
     _tidy(axes)
@@ -438,13 +438,13 @@ def plot_layer_maps(
     """
     if not maps:
         raise ValueError("expected the map of at least one layer, got none")
-    planes = {name: _plane(map) for name, map in maps.items()}
+    planes = {name: plane_of(map) for name, map in maps.items()}
     panels: list[tuple[str, NDArray[Any]]] = [
-        (_shortened(name, 2.4), _rgb(image)) for name, image in zip(names, (image0, image1))
+        (_shortened(name, 2.4), rgb_of(image)) for name, image in zip(names, (image0, image1))
     ]
     total = np.sum(list(planes.values()), axis=0)
     panels += [
-        (f"{name}: mean {plane.mean(dtype=np.float64):.3g}", plane)
+        (f"{name}: mean {plane.mean(dtype=np.float64):.6f}", plane)
         for name, plane in {"sum of layers": total, **planes}.items()
     ]
     aspect = total.shape[0] / total.shape[1]
@@ -471,7 +471,7 @@ def plot_layer_maps(
         top = brightest if shared_scale and not is_total else float(picture.max())
         drawn = axes.imshow(
             picture,
-            cmap=_COLOUR_MAP,
+            cmap=COLOUR_MAP,
             vmin=0,
             vmax=top if top > 0 else 1.0,  # equal images: any scale will do, if 0 is dark
             interpolation="antialiased",

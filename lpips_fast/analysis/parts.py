@@ -332,12 +332,17 @@ class LayerContributions:
 
 @torch.no_grad()
 def layer_contributions(
-    model: LPIPS, in0: Tensor | Features, in1: Tensor | Features, normalize: bool = False
+    model: LPIPS,
+    in0: Tensor | Features,
+    in1: Tensor | Features,
+    normalize: bool = False,
+    **masking: Any,
 ) -> LayerContributions:
     """Each layer's part of the distance, whose sum is the distance.
 
     Args:
-        model, in0, in1, normalize: as for :meth:`LPIPS.forward`.
+        model, in0, in1, normalize: as for :meth:`LPIPS.forward`, and so are ``mask``,
+            ``mask_mode`` and ``fill_value``.
 
     Raises:
         ValueError, TypeError: as :meth:`LPIPS.forward`, and for active dropout.
@@ -348,19 +353,24 @@ def layer_contributions(
     >>> parts.values.shape, bool(torch.allclose(parts.shares.sum(dim=1), torch.ones(3)))
     (torch.Size([3, 5]), True)
     """
-    _, layers = _like(model)(in0, in1, retPerLayer=True, normalize=normalize)
+    _, layers = _like(model)(in0, in1, retPerLayer=True, normalize=normalize, **masking)
     values = torch.stack([layer.flatten() for layer in layers], dim=1)
     return LayerContributions(describe(model), layer_names(model), values)
 
 
 @torch.no_grad()
 def layer_maps(
-    model: LPIPS, in0: Tensor | Features, in1: Tensor | Features, normalize: bool = False
+    model: LPIPS,
+    in0: Tensor | Features,
+    in1: Tensor | Features,
+    normalize: bool = False,
+    **masking: Any,
 ) -> dict[str, Tensor]:
     """Each layer's distance map at the images' resolution; their sum is that of ``spatial=True``.
 
     Args:
-        model, in0, in1, normalize: as for :meth:`LPIPS.forward`.
+        model, in0, in1, normalize: as for :meth:`LPIPS.forward`, and so are ``mask``,
+            ``mask_mode`` and ``fill_value``.
 
     Returns:
         (N, 1, H, W) by the layer's name, in the layers' order.
@@ -374,7 +384,9 @@ def layer_maps(
     >>> {name: tuple(map.shape) for name, map in maps.items()}["relu5"]
     (1, 1, 64, 64)
     """
-    _, layers = _like(model, spatial=True)(in0, in1, retPerLayer=True, normalize=normalize)
+    _, layers = _like(model, spatial=True)(
+        in0, in1, retPerLayer=True, normalize=normalize, **masking
+    )
     return dict(zip(layer_names(model), layers, strict=True))
 
 

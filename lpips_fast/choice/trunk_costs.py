@@ -117,7 +117,7 @@ def trunk_costs(
         nets: keys of :data:`lpips_fast.trunk.TRUNKS`.
         setting: what to measure.
         refresh: measure again, and keep that.
-        progress: show a bar on standard error, if somebody looks at it.
+        progress: say on standard error what it takes, and show a bar if somebody looks at it.
 
     Raises:
         ValueError: images too small for one of the trunks.
@@ -129,6 +129,12 @@ def trunk_costs(
     costs = {net: cost for net, cost in known.items() if cost is not None}
     missing = [net for net in nets if net not in costs]
     if missing:
+        if progress:
+            print(
+                f"Measuring {', '.join(missing)} on this machine, once: about ten seconds, for "
+                "large images a minute",
+                file=sys.stderr,
+            )
         with tqdm(
             total=2 * len(missing),
             desc="measuring",

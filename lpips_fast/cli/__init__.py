@@ -6,6 +6,11 @@ is named like a sub-command is ``./info``.
 
 Results go to standard output, everything else to standard error. Exit codes: 0 done, 1 the work
 failed, 2 the command line was wrong. A failure is told in one sentence; ``--debug`` shows where.
+
+One grammar for all: ``-o``/``--output`` is what is written, ``--device`` where to compute (a GPU if
+there is one), ``--batch`` how many at once, ``--size`` the size of images that are made up,
+``--resize`` to which those of files are brought, ``--quiet`` no bars and notes, ``--version`` that
+of this package. :mod:`.spellings` knows how they were spelled before.
 """
 
 from __future__ import annotations
@@ -17,7 +22,6 @@ import warnings
 from collections.abc import Sequence
 from pathlib import Path
 
-from ..version import __version__
 from . import (
     analyze,
     argument_types,
@@ -31,10 +35,23 @@ from . import (
     pair,
     pairwise,
     recommend,
+    spellings,
     train,
     weights,
 )
-from .command import PROGRAM, Command, CommandError, UsageError, sentence, show_warning, tell
+from .command import (
+    ANYWHERE,
+    PROGRAM,
+    Command,
+    CommandError,
+    Parser,
+    UsageError,
+    add_common_arguments,
+    sentence,
+    set_quiet,
+    show_warning,
+    tell,
+)
 from .termination import flush_output, terminable
 
 __all__ = ["COMMANDS", "Command", "CommandError", "main"]
@@ -72,10 +89,19 @@ def main(argv: Sequence[str] | None = None) -> int:
         …
         0
     """
-    arguments = _name_the_command(sys.argv[1:] if argv is None else list(argv))
+    command_line = sys.argv[1:] if argv is None else list(argv)
+    set_quiet("--quiet" in command_line)  # of notes on the command line itself, too
+    command, arguments = _split(command_line)
+    arguments, notes = spellings.renewed(command, arguments)
+    for note in notes:
+        tell("note", note)
     arguments = argument_types.join_patterns(arguments)
     parser = _parser()
+    if not [argument for argument in arguments if argument not in ANYWHERE]:
+        parser.print_help()
+        return 0
     options, rest = parser.parse_known_args(arguments)
+    options.command_line = command_line
     # argparse takes all folders that stand together, and leaves those behind an option over.
     if rest and hasattr(options, "folders") and not any(text.startswith("-") for text in rest):
         options.folders += rest
@@ -103,45 +129,49 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
+    width = max(len(name) for name in COMMANDS)
+    listed = "\n".join(f"  {name:<{width}}  {c.summary}" for name, c in COMMANDS.items())
+    parser = Parser(
         prog=PROGRAM,
-        description="LPIPS: how different two images look to people.",
-        epilog=f"{PROGRAM} A.png B.png is short for {PROGRAM} pair A.png B.png.",
+        usage=f"{PROGRAM} [--help] [--version] [--quiet] [--debug] command …",
+        description=f"LPIPS: how different two images look to people.\n\ncommands:\n{listed}",
+        epilog=f"{PROGRAM} A.png B.png is short for {PROGRAM} pair A.png B.png.\n"
+        f"{PROGRAM} command --help says what a command takes.",
+        # argparse's own list would break lines, and not at the same place in every Python.
+        formatter_class=argparse.RawDescriptionHelpFormatter,
         allow_abbrev=False,
     )
-    parser.add_argument("--package-version", action="version", version=f"{PROGRAM} {__version__}")
-    parser.add_argument("--debug", action="store_true", help="show the traceback of a failure")
-    commands = parser.add_subparsers(dest="command", required=True, metavar="command")
+    add_common_arguments(parser, default=False)
+    commands = parser.add_subparsers(
+        dest="command", required=True, prog=PROGRAM, metavar="command", help=argparse.SUPPRESS
+    )
     for name, command in COMMANDS.items():
         sub = commands.add_parser(
             name,
-            help=command.summary,
             description=f"{command.summary[0].upper()}{command.summary[1:]}.",
             allow_abbrev=False,
         )
-        # Without SUPPRESS the sub-parser's default would undo a --debug before the sub-command.
-        sub.add_argument(
-            "--debug",
-            action="store_true",
-            default=argparse.SUPPRESS,
-            help="show the traceback of a failure",
-        )
         command.add_arguments(sub)
+        # Without SUPPRESS the sub-parser's default would undo a --debug before the sub-command.
+        add_common_arguments(sub, default=argparse.SUPPRESS)
     return parser
 
 
-def _name_the_command(arguments: list[str]) -> list[str]:
-    """Put ``pair`` where a command line starts with an image, or with an option of ``pair``."""
+def _split(arguments: list[str]) -> tuple[str, list[str]]:
+    """The sub-command, and the arguments with its name.
+
+    ``pair`` is put where a command line starts with an image, or with an option of ``pair``.
+    """
     start = 0
-    while start < len(arguments) and arguments[start] == "--debug":
+    while start < len(arguments) and arguments[start] in ANYWHERE:
         start += 1
     rest = arguments[start:]
-    if rest == ["--version"]:  # elsewhere it is LPIPS's version and takes a value
-        return ["--package-version"]
-    if not rest or rest[0] in COMMANDS or rest[0] in ("-h", "--help", "--package-version"):
-        return arguments
+    if not rest or rest[0] in COMMANDS:
+        return (rest or [""])[0], arguments
     first = rest[0]
+    if first in ("-h", "--help", "--package-version") or rest == ["--version"]:
+        return "", arguments
     looks_like_a_file = first.startswith("-") or Path(first).suffix or os.path.exists(first)
     if not looks_like_a_file:  # a mistyped sub-command: argparse lists the right ones
-        return arguments
-    return [*arguments[:start], "pair", *rest]
+        return "", arguments
+    return "pair", [*arguments[:start], "pair", *rest]

@@ -1,4 +1,4 @@
-"""``lpips-fast analyze REF IMG --out DIR``: what a distance is made of, in tables and pictures."""
+"""``lpips-fast analyze REF IMG --report HTML``: what a distance is made of."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ import json
 import math
 import os
 import sys
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -24,10 +25,20 @@ from ..analysis.parts import (
     layer_maps,
     layer_names,
 )
+from ..folders.pairing import told_apart
+from ..folders.summary import number_text
 from ..version import __version__
-from .command import Command, CommandError, add_json_argument, print_to
-from .image_files import add_image_arguments, read_one_size, refuse_folders, size_text
-from .model import add_model_arguments, load_model, metric_name
+from .command import Command, CommandError, UsageError, add_json_argument, print_to
+from .image_files import (
+    add_image_arguments,
+    check_minimum,
+    preprocessing,
+    read_one_size,
+    refuse_folders,
+    size_text,
+)
+from .model import add_model_arguments, load_model, metric_name, random_trunk_warning, weights_text
+from .report import add_report_argument, check_report, how_made, write_report
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -43,8 +54,9 @@ def _add_arguments(parser: argparse.ArgumentParser) -> None:
         "images", metavar="IMG", nargs="+", help="one or more of the same size, compared with it"
     )
     parser.add_argument(
-        "--out", required=True, type=Path, metavar="DIR", help="a folder for the pictures"
+        "-o", "--output", type=Path, metavar="DIR", help="a folder for the pictures, a file each"
     )
+    add_report_argument(parser, "tables, maps of all layers, pictures")
     add_model_arguments(parser)
     add_image_arguments(parser)
     parser.add_argument(
@@ -56,13 +68,17 @@ def _add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def _run(options: argparse.Namespace) -> None:
-    plots.require_matplotlib()
-    _check_targets(options)
+    if options.output is None and options.report is None:
+        raise UsageError("nothing to write: give --report HTML for a page, -o DIR for pictures")
     refuse_folders((options.reference, *options.images))
+    plots.require_matplotlib()
+    check_report(options, (options.reference, *options.images))
+    _check_targets(options)
     reference, *images = read_one_size((options.reference, *options.images), options)
     # Whatever a library prints while it works is not part of the result.
     with contextlib.redirect_stdout(sys.stderr), torch.no_grad():
         model = load_model(options)
+        check_minimum(model, options.reference, reference, options.net)
         device = options.device
         target = model.encode(reference.to(device))
         others = model.encode(torch.cat(images).to(device))
@@ -75,7 +91,10 @@ def _run(options: argparse.Namespace) -> None:
         table = compare_normalizations(model, [(target, others)])
         importance = channel_importance(model)
         maps = layer_maps(model, target, others)
-        files = _draw(options, model, reference, images, contributions, table, importance, maps)
+        drawn = _Analysis(reference, images, contributions, table, importance, maps)
+        files = _draw(options, model, drawn) if options.output else []
+        if options.report:
+            _write_page(options, model, drawn)
 
     if options.json:
         report = _report(options, reference, contributions, table, importance, files)
@@ -101,54 +120,112 @@ def _file_names(options: argparse.Namespace) -> list[str]:
 
 def _check_targets(options: argparse.Namespace) -> None:
     """Before any work: the folder can be made, and no image is in a picture's way."""
-    if options.out.exists() and not options.out.is_dir():
-        raise CommandError(f"{options.out} is a file, expected a folder for the pictures")
-    if not options.out.parent.is_dir():
-        raise CommandError(f"cannot make {options.out}: its parent folder does not exist")
+    folder: Path | None = options.output
+    if folder is None:
+        return
+    if folder.exists() and not folder.is_dir():
+        raise CommandError(f"{folder} is a file, expected a folder for the pictures")
+    if not folder.parent.is_dir():
+        raise CommandError(f"cannot make {folder}: its parent folder does not exist")
     for name in _file_names(options):
-        path = options.out / name
+        path = folder / name
         for image in (options.reference, *options.images):
             if path.exists() and os.path.exists(image) and path.samefile(image):
                 raise CommandError(f"a picture would overwrite {image}: name another folder")
 
 
-def _draw(
-    options: argparse.Namespace,
-    model: LPIPS,
-    reference: torch.Tensor,
-    images: list[torch.Tensor],
-    contributions: LayerContributions,
-    table: NormalizationTable,
-    importance: ChannelImportance,
-    maps: dict[str, torch.Tensor],
-) -> list[Path]:
-    metric, names = metric_name(options), [Path(path).name for path in options.images]
-    of = Path(options.reference).name
+@dataclass(frozen=True, eq=False)
+class _Analysis:
+    """All that was found; images are (1, 3, H, W) on the CPU."""
+
+    reference: torch.Tensor
+    images: list[torch.Tensor]
+    contributions: LayerContributions
+    table: NormalizationTable
+    importance: ChannelImportance
+    maps: dict[str, torch.Tensor]
+
+
+def _activations(options: argparse.Namespace, model: LPIPS, reference: torch.Tensor) -> Figure:
+    return plots.plot_normalizations(
+        model.encode(reference.to(options.device)),
+        layers=layer_names(model),
+        title=f"Features of {Path(options.reference).name}, trunk {options.net}",
+    )
+
+
+def _draw(options: argparse.Namespace, model: LPIPS, found: _Analysis) -> list[Path]:
+    metric = metric_name(options)
+    of, *names = told_apart([options.reference, *options.images])
     figures: dict[str, Figure] = {
-        "activations.png": plots.plot_normalizations(
-            model.encode(reference.to(options.device)),
-            layers=layer_names(model),
-            title=f"Features of {of}, trunk {options.net}",
+        "activations.png": _activations(options, model, found.reference),
+        "normalizations.png": plots.plot_normalization_table(found.table, names=names),
+        "layers.png": plots.plot_layer_contributions(
+            found.contributions, names=names, title=metric
         ),
-        "normalizations.png": plots.plot_normalization_table(table, names=names),
-        "layers.png": plots.plot_layer_contributions(contributions, names=names, title=metric),
-        "channels.png": plots.plot_channel_importance(importance, title=metric),
+        "channels.png": plots.plot_channel_importance(found.importance, title=metric),
     }
     for k, file in enumerate(_maps_names(options)):
         figures[file] = plots.plot_layer_maps(
-            {name: map[k] for name, map in maps.items()},
-            reference,
-            images[k],
+            {name: map[k] for name, map in found.maps.items()},
+            found.reference,
+            found.images[k],
             names=(of, names[k]),
-            title=f"{metric}: distance {float(contributions.distances[k]):.4g}",
+            title=f"{metric}: distance {number_text(float(found.contributions.distances[k]))}",
             shared_scale=options.shared_scale,
         )
-    options.out.mkdir(exist_ok=True)
+    options.output.mkdir(exist_ok=True)
     files = []
     for file in _file_names(options):
-        figures[file].savefig(options.out / file, dpi=_DPI, facecolor="white")
-        files.append(options.out / file)
+        figures[file].savefig(options.output / file, dpi=_DPI, facecolor="white")
+        files.append(options.output / file)
     return files
+
+
+def _write_page(options: argparse.Namespace, model: LPIPS, found: _Analysis) -> None:
+    from ..report.of_analysis import page_of_analysis
+
+    names = told_apart([options.reference, *options.images])
+    others = ", ".join(names[1:]) if len(names) < 5 else f"{len(names) - 1} images"
+    metric = metric_name(options)
+    drawings = {
+        "Features before and after each normalisation": _activations(
+            options, model, found.reference
+        ),
+        "How distances spread by each normalisation": plots.plot_normalization_table(
+            found.table, names=names[1:]
+        ),
+        "Which channels the weights use": plots.plot_channel_importance(
+            found.importance, title=metric
+        ),
+    }
+    page = page_of_analysis(
+        found.contributions,
+        found.maps,
+        found.table,
+        found.importance,
+        reference=found.reference,
+        images=found.images,
+        names=names,
+        drawings=drawings,
+        title=f"{names[0]}  vs  {others}",
+        facts=how_made(
+            options,
+            {
+                "lpips-fast": __version__,
+                "torch": torch.__version__,
+                "metric": metric,
+                "weights": weights_text(options, options.net, model),
+                "device": str(options.device),
+                "size": size_text(found.reference),
+                **preprocessing(options).words,
+                "alpha": options.alpha,
+            },
+        ),
+        shared_scale=options.shared_scale,
+        warning=random_trunk_warning(options),
+    )
+    write_report(options.report, page)
 
 
 def _words(
@@ -162,13 +239,14 @@ def _words(
     lines = [f"{metric_name(options)}, {options.device}"]
     lines.append(f"  {options.reference}  ({size_text(reference)})  against")
     lines += [
-        f"  {path}: {distance:.4g}"
+        f"  {path}: {distance:.6f}"
         for path, distance in zip(options.images, contributions.distances.tolist())
     ]
     lines += ["", str(contributions), "", str(table)]
     if len(options.images) == 1:
         lines.append("(with more images: deviation and rank correlation)")
-    lines += ["", str(importance), "", "Written:", *(f"  {path}" for path in files)]
+    written = [*files, *([options.report] if options.report else [])]
+    lines += ["", str(importance), "", "Written:", *(f"  {path}" for path in written)]
     return "\n".join(lines)
 
 
@@ -214,6 +292,7 @@ def _report(
             for r in importance
         ],
         "pictures": [str(path) for path in files],
+        "report": None if options.report is None else str(options.report),
         "device": str(options.device),
         "package_version": __version__,
         "torch_version": torch.__version__,
@@ -221,7 +300,7 @@ def _report(
 
 
 COMMAND = Command(
-    "show what a distance is made of: layers, places, channels, normalisations",
+    "show what a distance is made of: layers, places, channels",
     _add_arguments,
     _run,
 )

@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 import argparse
+import math
 import re
 from collections.abc import Sequence
 from pathlib import Path
-
-import torch
 
 from ..folders.measures import METRIC_NAMES
 from ..folders.pairing import Match, Patterns
@@ -28,6 +27,12 @@ def size(text: str) -> tuple[int, int]:
     return int(match[1]), int(match[2])
 
 
+def image_size(text: str) -> tuple[int, int]:
+    """Width and height of images that are made up; one number for a square."""
+    found = size_or_side(text)
+    return (found, found) if isinstance(found, int) else found
+
+
 def size_or_side(text: str) -> int | tuple[int, int]:
     """Width and height, or one number for the shorter side."""
     if text.isdecimal() and int(text) > 0:
@@ -38,11 +43,15 @@ def size_or_side(text: str) -> int | tuple[int, int]:
         raise argparse.ArgumentTypeError(f"{text!r} is not a size such as 256x256 or 256") from None
 
 
-def device(text: str) -> torch.device:
+def fill_value(text: str) -> float:
+    """A value of LPIPS's range."""
     try:
-        return torch.device(text)
-    except RuntimeError as error:
-        raise argparse.ArgumentTypeError(f"{text!r} is no device: try cpu or cuda") from error
+        value = float(text)
+    except ValueError:
+        value = math.nan
+    if not -1 <= value <= 1:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a number from -1, black, to 1, white")
+    return value
 
 
 def layers(text: str) -> tuple[int, ...]:

@@ -17,14 +17,14 @@ from typing import Any, cast
 
 import torch
 from torch.utils.benchmark import Measurement, Timer
-from tqdm import tqdm
 
 from ..kernels import LOADED_LIBRARIES
 from ..trunk.table import TRUNKS, minimum_size
 from ..version import __version__
 from . import argument_types
 from .command import Command, CommandError, add_json_argument, print_to, tell
-from .device import to_device
+from .device import add_device_argument, to_device
+from .progress import progress_bar
 
 # Each case is looked at so many times, in turn with all others.
 _ROUNDS = 3
@@ -41,10 +41,10 @@ def _add_bench_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument(
         "--size",
-        type=argument_types.size,
+        type=argument_types.image_size,
         default=(256, 256),
-        metavar="WxH",
-        help="default: 256x256",
+        metavar="N|WxH",
+        help="of the images (default: 256)",
     )
     parser.add_argument(
         "--batch",
@@ -60,12 +60,7 @@ def _add_bench_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="S",
         help="time for each figure (default: 1.5), and at least three calls",
     )
-    parser.add_argument(
-        "--device",
-        type=argument_types.device,
-        default=torch.device("cpu"),
-        help="cpu (default), cuda, cuda:1 …",
-    )
+    add_device_argument(parser)
     add_json_argument(parser)
 
 
@@ -78,6 +73,7 @@ def _run_bench(options: argparse.Namespace) -> None:
         raise CommandError(f"--seconds is {options.seconds}, expected more than 0")
     with contextlib.redirect_stdout(sys.stderr):
         cases = _cases(nets, options)
+        tell("note", f"{len(cases)} figures: about {len(cases) * options.seconds + 5:.0f} s")
         figures = _measure(cases, options.seconds)
     report = {
         "package_version": __version__,
@@ -166,8 +162,7 @@ def _measure(cases: dict[Case, Callable[[], Any]], seconds: float) -> list[dict[
         for case, run in cases.items()
     }
     parts: dict[Case, list[Measurement]] = {case: [] for case in cases}
-    bar = tqdm(total=_ROUNDS * len(cases), unit=" measurements", disable=None, file=sys.stderr)
-    with bar:
+    with progress_bar(_ROUNDS * len(cases), "measurements") as bar:
         for timer in timers.values():
             timer.timeit(1)  # first calls choose algorithms and pack weights
         for _ in range(_ROUNDS):

@@ -6,11 +6,20 @@ import argparse
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import TextIO
+from typing import Any, NoReturn, TextIO
 
+from ..version import __version__
 from ..weights import WeightsError
+from .spellings import as_options
 
 PROGRAM = "lpips-fast"
+
+
+#: Options of all sub-commands, which stand before its name or behind it.
+ANYWHERE = {
+    "--quiet": "no bars and no notes on standard error, only warnings and errors",
+    "--debug": "show the traceback of a failure",
+}
 
 
 class CommandError(Exception):
@@ -36,6 +45,27 @@ class Command:
     run: Callable[[argparse.Namespace], None]
 
 
+class Parser(argparse.ArgumentParser):
+    """Argparse's, which says of a wrong command line what is wrong, in one line."""
+
+    def error(self, message: str) -> NoReturn:
+        # Not the usage before it: of a command with twenty options, it hides what is wrong.
+        print_to(f"{PROGRAM}: error: {message}; {self.prog} --help says what it takes", sys.stderr)
+        sys.exit(2)
+
+
+def add_common_arguments(parser: argparse.ArgumentParser, default: Any) -> None:
+    """:data:`ANYWHERE` and ``--version``, of all sub-commands."""
+    for flag, text in ANYWHERE.items():
+        parser.add_argument(flag, action="store_true", default=default, help=text)
+    parser.add_argument(
+        "--version",
+        action="version",
+        version=f"{PROGRAM} {__version__}",
+        help=f"show the version of {PROGRAM}",
+    )
+
+
 def add_json_argument(parser: argparse.ArgumentParser) -> None:
     """``--json``, of every sub-command that can report to a program."""
     parser.add_argument(
@@ -43,7 +73,23 @@ def add_json_argument(parser: argparse.ArgumentParser) -> None:
     )
 
 
+_quiet = False
+
+
+def set_quiet(quiet: bool) -> None:
+    """From now on this process shows bars and notes, or neither (``--quiet``)."""
+    global _quiet
+    _quiet = quiet
+
+
+def is_quiet() -> bool:
+    return _quiet
+
+
 def tell(kind: str, message: str) -> None:
+    """A line on standard error; ``--quiet`` leaves out what is only a note."""
+    if kind == "note" and _quiet:
+        return
     print_to(f"{PROGRAM}: {kind}: {message}", sys.stderr)
 
 
@@ -75,7 +121,7 @@ def sentence(error: Exception) -> str:
     if isinstance(error, WeightsError):
         return error.command_line  # lists the ways to supply them, one a line
     # Torch's messages go on for paragraphs; the first says what happened.
-    text = " ".join(str(error).strip().split("\n\n")[0].split())
+    text = as_options(" ".join(str(error).strip().split("\n\n")[0].split()))
     if isinstance(error, (CommandError, ValueError, RuntimeError, OSError, ImportError)) and text:
         return text
     return f"{type(error).__name__}: {text} (this is a bug; --debug shows where)"

@@ -17,7 +17,7 @@ from tqdm import tqdm
 
 from ..folders.evaluating import Evaluation, FolderGoneError, Row, default_workers
 from ..folders.measures import PSNR, SSIM, Distance, Measure
-from ..folders.pairing import Pair, Pairing, Patterns, pair_several, read_pairs
+from ..folders.pairing import Pair, Pairing, Patterns, pair_several, read_pairs, with_masks
 from ..folders.ranks import RankError, Ranks
 from ..folders.results import ResultFile, Results, ResultStream, record_path
 from ..folders.summary import Statistics
@@ -26,9 +26,25 @@ from ..trunk.table import TRUNKS
 from ..version import __version__
 from . import argument_types
 from .command import Command, CommandError, UsageError, add_json_argument, print_to, tell
-from .image_files import add_image_arguments, preprocessing
-from .model import add_model_arguments, layers_text, load_model, metric_name, weights_text
+from .image_files import (
+    add_image_arguments,
+    add_mask_arguments,
+    mask_text,
+    masking,
+    preprocessing,
+)
+from .model import (
+    add_model_arguments,
+    layers_text,
+    load_model,
+    metric_name,
+    random_trunk_warning,
+    weights_text,
+)
 from .outputs import check_output
+from .progress import progress_bar
+from .report import add_report_argument, check_report, how_made, write_report
+from .spellings import as_options
 
 if TYPE_CHECKING:
     from ..lpips import LPIPS
@@ -49,7 +65,8 @@ def _add_dirs_arguments(parser: argparse.ArgumentParser) -> None:
         "--pairs",
         type=Path,
         metavar="CSV",
-        help="instead of folders: a file with columns a and b (paths from where it lies), and name",
+        help="instead of folders: a file with columns a and b (paths from where it lies), and if "
+        "you like name and mask",
     )
     parser.add_argument(
         "-o",
@@ -85,6 +102,7 @@ def _add_dirs_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--recursive", action="store_true", help="look into sub-folders too")
     add_image_arguments(parser)
+    add_mask_arguments(parser, of_folders=True)
     parser.add_argument(
         "--batch",
         type=argument_types.positive,
@@ -97,11 +115,13 @@ def _add_dirs_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="N",
         help="threads that read images, and on a CPU compute (default: one a core)",
     )
+    add_report_argument(parser, "all numbers, the worst pairs with pictures and maps")
     add_json_argument(parser)
 
 
 def _run_dirs(options: argparse.Namespace) -> None:
     _check_usage(options)
+    check_report(options, ())  # what it needs is there, before weights are loaded
     with Ranks() as ranks:
         # Only rank 0 speaks; what stops another rank travels as an exception.
         with contextlib.ExitStack() as quiet:
@@ -128,6 +148,12 @@ def _check_usage(options: argparse.Namespace) -> None:
     files = [name for name in options.folders if Path(name).is_file()]
     if files and len(files) == len(options.folders):
         raise UsageError(f"{files[0]} is a file: two images are compared by lpips-fast pair A B")
+    if options.pairs is None:  # else its column mask is not known yet
+        masking(options, has_masks=options.mask is not None)
+    elif options.mask is not None and Path(options.mask).is_dir():
+        raise UsageError(
+            f"{options.mask} is a folder: the masks of --pairs stand in its column mask"
+        )
     if options.output is None and (options.json or options.overwrite):
         wrong = "--json" if options.json else "--overwrite"
         raise UsageError(f"with -o - the rows are on standard output: leave out {wrong}")
@@ -162,6 +188,8 @@ def _measures(options: argparse.Namespace, models: dict[str, LPIPS]) -> list[Mea
                     f"distance_{net}" if len(models) > 1 else "distance",
                     _title(options, net),
                     per_layer=options.per_layer,
+                    mask_mode=options.mask_mode or "weighted",
+                    fill_value=options.fill_value or 0.0,
                 )
                 for net, model in models.items()
             ]
@@ -210,6 +238,7 @@ def _lead(options: argparse.Namespace, models: dict[str, LPIPS], ranks: Ranks) -
         evaluation = _evaluation(options, models, ranks)
         try:
             pairs, pairings = _pairs(options)
+            options.masking = masking(options, has_masks=any(pair.mask for pair in pairs))
             chunks = evaluation.chunks(len(pairs))
             output = stack.enter_context(_open(options, models, evaluation, pairs, chunks))
             pending = output.pending if isinstance(output, ResultFile) else chunks
@@ -228,6 +257,8 @@ def _lead(options: argparse.Namespace, models: dict[str, LPIPS], ranks: Ranks) -
             raise
         except (FolderGoneError, RankError) as error:
             raise CommandError(f"{error}; {_what_is_written(output)}") from error
+    if options.report is not None:
+        _write_page(options, models, evaluation, output)
     _say(options, models, evaluation, pairings, output)
     not_listed = [name for pairing in pairings for name in pairing.not_listed]
     if output.failed:
@@ -248,7 +279,12 @@ def _what_is_written(output: Results) -> str:
 
 def _pairs(options: argparse.Namespace) -> tuple[list[Pair], list[Pairing]]:
     if options.pairs is not None:
-        return read_pairs(options.pairs), []
+        pairs = read_pairs(options.pairs)
+        if options.mask is not None:
+            if any(pair.mask for pair in pairs):
+                raise UsageError(f"{options.pairs} has a column mask: leave out --mask")
+            pairs = with_masks(pairs, options.mask)
+        return pairs, []
     folder0, *folders = options.folders
     pairs, pairings = pair_several(
         folder0, folders, match=options.match, recursive=options.recursive
@@ -277,6 +313,8 @@ def _pairs(options: argparse.Namespace) -> tuple[list[Pair], list[Pairing]]:
             )
     if hint:
         tell("note", hint)
+    if options.mask is not None:
+        pairs = with_masks(pairs, options.mask, match=options.match, recursive=options.recursive)
     return pairs, pairings
 
 
@@ -294,13 +332,16 @@ def _open(
     chunks: list[range],
 ) -> Iterator[Results]:
     columns = [column.name for column in evaluation.columns]
+    inputs: list[str | Path] = [p for pair in pairs for p in pair.files]
+    inputs = list(dict.fromkeys(inputs))
+    others = (options.pairs, options.checkpoint, options.weights)
+    inputs += [path for path in others if path is not None]
+    check_report(options, inputs)
     if options.output is None:
         yield ResultStream(sys.stdout, columns, pairs)
         return
-    inputs = {path: None for pair in pairs for path in (pair.path0, pair.path1)}
-    others = (options.pairs, options.checkpoint, options.weights)
     for target in (options.output, record_path(options.output)):
-        check_output(target, [*inputs, *(path for path in others if path is not None)])
+        check_output(target, inputs)
     settings = _settings(options, models)
     with ResultFile(
         options.output, settings, columns, pairs, chunks, overwrite=options.overwrite
@@ -333,20 +374,15 @@ def _write_rows(
     pairs = output.pairs
     own = evaluation.rows(pairs, ranks.share(pending))
     assert isinstance(output, (ResultFile, ResultStream))
-    bar = tqdm(
-        total=2 * len(pairs),
-        initial=2 * (len(pairs) - sum(map(len, pending))),
-        unit=" images",
-        disable=None,  # where standard error is no terminal
-        file=sys.stderr,
-    )
+    done = len(pairs) - sum(map(len, pending))
+    bar = progress_bar(2 * len(pairs), "images", done=2 * done)
     told = 0
     with bar, contextlib.closing(own):
         for chunk, rows in zip(pending, ranks.gather(own, len(pending))):
             output.append(rows, chunk.start)
             for row in output.failed[told:_FAILURES_TOLD]:
                 with tqdm.external_write_mode(file=sys.stderr):
-                    tell("warning", _failure(row))
+                    tell("warning", as_options(_failure(row)))
             told = len(output.failed)
             bar.update(2 * len(rows))
     if len(output.failed) > _FAILURES_TOLD:
@@ -355,6 +391,46 @@ def _write_rows(
 
 def _failure(row: Row) -> str:
     return f"{f'{row.folder}/' if row.folder else ''}{row.name}: {row.error}"
+
+
+# ------------------------------------------------------------------------------ the page
+
+
+def _write_page(
+    options: argparse.Namespace,
+    models: dict[str, LPIPS],
+    evaluation: Evaluation,
+    output: Results,
+) -> None:
+    from ..report.of_folders import PICTURED, page_of_run
+
+    compared = [str(options.pairs)] if options.pairs else options.folders
+    count = min(PICTURED, len(output.pairs))
+    bar = progress_bar(count, "pairs", label="drawing", leave=False)
+    with bar, contextlib.redirect_stdout(sys.stderr):
+        page = page_of_run(
+            output,
+            evaluation,
+            title="  vs  ".join(compared),
+            subtitle=f"{_metrics_text(options, models)}, {len(output.pairs):,} pairs",
+            facts=how_made(options, _settings(options, models)),
+            called=_called(options),
+            warning=random_trunk_warning(options) if models else "",
+            progress=bar.update,
+        )
+        write_report(options.report, page)
+
+
+def _metrics_text(options: argparse.Namespace, models: dict[str, LPIPS]) -> str:
+    names = {"lpips": metric_name(options), "psnr": "PSNR", "ssim": "SSIM"}
+    if len(models) > 1:
+        names["lpips"] = metric_name(argparse.Namespace(**{**vars(options), "net": "all trunks"}))
+    return "; ".join(names[metric] for metric in options.metrics)
+
+
+def _called(options: argparse.Namespace) -> dict[str, str]:
+    """What to call the one folder that has no label."""
+    return {"": Path(options.folders[1]).name} if options.folders else {}
 
 
 # ------------------------------------------------------------------------------ what it says
@@ -397,6 +473,10 @@ def _settings(options: argparse.Namespace, models: dict[str, LPIPS]) -> dict[str
         "alpha": options.alpha,
         "max pixels": str(options.max_pixels),
     }
+    if options.masking:
+        settings["masks"] = mask_text(options.masking)
+        if options.mask is not None:
+            settings["mask"] = str(Path(options.mask).resolve())
     if options.pairs is not None:
         return {**settings, "pairs": str(options.pairs.resolve())}
     match = options.match
@@ -428,8 +508,7 @@ def _say(
         report = _report(options, models, pairings, output)
         print_to(json.dumps(report, indent=2, allow_nan=False), sys.stdout)
     elif options.table or len(output.folders()) > 1:
-        first = {"": Path(options.folders[1]).name} if options.folders else {}
-        text = table(output, evaluation.columns, options.table or "markdown", first)
+        text = table(output, evaluation.columns, options.table or "markdown", _called(options))
         print_to(text, stream)
     else:
         print_to(_words(options, models, evaluation, output), stream)
@@ -471,6 +550,7 @@ def _report(
         "not_listed": list(dict.fromkeys(name for p in pairings for name in p.not_listed)),
         "output": str(options.output),
         "record": str(record_path(options.output)),
+        "report": None if options.report is None else str(options.report),
         "settings": _settings(options, models),
     }
 
@@ -494,8 +574,10 @@ def _words(
     lines.append(f"  {'  vs  '.join(compared)}")
     if models:
         lines.append(f"  {metric_name(options)}, {options.device}")
-    if options.output:
-        lines.append(f"  {options.output}")
+    if options.masking:
+        where = options.mask or f"column mask of {options.pairs}"
+        lines.append(f"  mask {where}, {mask_text(options.masking)}")
+    lines += [f"  {path}" for path in (options.output, options.report) if path]
     return "\n".join(lines)
 
 
@@ -509,7 +591,7 @@ def _mean_text(statistics: Statistics) -> str:
 
 
 COMMAND = Command(
-    "measure every pair of images in two folders or more, into a CSV file",
+    "measure images of equal name in two folders or more, into a CSV",
     _add_dirs_arguments,
     _run_dirs,
 )

@@ -13,7 +13,8 @@ import torch
 from ..judgements.datasets import JNDDataset, TwoAFCDataset
 from ..judgements.scoring import evaluate_2afc, evaluate_jnd
 from ..version import __version__
-from .command import Command, CommandError, add_json_argument, print_to
+from . import argument_types
+from .command import Command, CommandError, add_json_argument, is_quiet, print_to
 from .judgement_data import add_judgement_arguments
 from .model import add_model_arguments, load_model, metric_name
 
@@ -36,26 +37,30 @@ def _add_evaluate_arguments(parser: argparse.ArgumentParser) -> None:
     )
     add_model_arguments(parser)
     add_judgement_arguments(parser)
-    parser.add_argument("--batch-size", type=int, default=50, metavar="N", help="default: 50")
+    parser.add_argument(
+        "--batch",
+        type=argument_types.positive,
+        default=50,
+        metavar="N",
+        help="judgements measured at once (default: 50)",
+    )
     add_json_argument(parser)
 
 
 def _run_evaluate(options: argparse.Namespace) -> None:
     if not options.two_afc and not options.jnd:
         raise CommandError("nothing to evaluate on: give --2afc DIR, --jnd DIR, or both")
-    if options.batch_size < 1:
-        raise CommandError(f"--batch-size is {options.batch_size}, expected at least 1")
-    triplets = _subsets(TwoAFCDataset, options.two_afc, options.size)
-    pairs = _subsets(JNDDataset, options.jnd, options.size)
+    triplets = _subsets(TwoAFCDataset, options.two_afc, options.resize)
+    pairs = _subsets(JNDDataset, options.jnd, options.resize)
     with contextlib.redirect_stdout(sys.stderr):
         model = load_model(options)
-        common: dict[str, Any] = {"batch_size": options.batch_size, "workers": options.workers}
+        common: dict[str, Any] = {"batch_size": options.batch, "workers": options.workers}
         two_afc = {
-            name: evaluate_2afc(model, dataset, progress=name, **common)
+            name: evaluate_2afc(model, dataset, progress=_label(name), **common)
             for name, dataset in triplets.items()
         }
         jnd = {
-            name: evaluate_jnd(model, dataset, progress=name, **common)
+            name: evaluate_jnd(model, dataset, progress=_label(name), **common)
             for name, dataset in pairs.items()
         }
     scores = {
@@ -84,7 +89,7 @@ def _subsets(kind: Any, roots: list[str], size: int | None) -> dict[str, Any]:
 def _as_json(options: argparse.Namespace, scores: dict[str, list[dict[str, Any]]]) -> str:
     report = {
         "metric": metric_name(options),
-        "size": options.size,
+        "resize": options.resize,
         **{kind: {"subsets": rows, "mean": _mean(rows)} for kind, rows in scores.items() if rows},
         "dtype": options.dtype,
         "device": str(options.device),
@@ -111,6 +116,10 @@ def _as_table(options: argparse.Namespace, scores: dict[str, list[dict[str, Any]
             cells = "".join(f"{100 * figure:>10.2f}" for figure in figures)
             lines.append(f"{row['subset']:<{width}}{count:>13}{cells}")
     return "\n".join(lines)
+
+
+def _label(name: str) -> str | None:
+    return None if is_quiet() else name
 
 
 def _mean(rows: list[dict[str, Any]]) -> dict[str, float]:

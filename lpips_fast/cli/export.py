@@ -1,4 +1,4 @@
-"""``lpips-fast export OUT``: the model as a file that other runtimes run."""
+"""``lpips-fast export -o OUT``: the model as a file that other runtimes run."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from . import argument_types
 from .command import Command, CommandError, print_to, tell
 from .image_files import add_reading_arguments
 from .model import add_model_arguments, load_model, metric_name
-from .outputs import check_output
+from .outputs import add_output_argument, check_output, settle_output
 
 if TYPE_CHECKING:
     from ..export.exporters import Record
@@ -32,22 +32,24 @@ _CALIBRATION_IMAGES = 128
 
 def _add_export_arguments(parser: argparse.ArgumentParser) -> None:
     suffixes = ", ".join(f"{kind.suffix} ({name})" for name, kind in FORMATS.items())
-    parser.add_argument("output", metavar="OUT", type=Path, help=f"the file to write: {suffixes}")
+    add_output_argument(parser, Path, "OUT", f"the file to write: {suffixes}")
     parser.add_argument(
         "--format", choices=tuple(FORMATS), help="default: what the file's suffix says"
     )
-    add_model_arguments(parser, dtype=False)
+    # The file is the same wherever the model lies; what calibrates and checks it is a few images.
+    add_model_arguments(parser, dtype=False, device="cpu")
     parser.add_argument(
         "--size",
-        type=argument_types.size_or_side,
-        default=64,
+        type=argument_types.image_size,
+        default=(64, 64),
         metavar="N|WxH",
-        help="size of the images; with --dynamic all only an example (default: 64)",
+        help="of the images; with --dynamic all only an example (default: 64)",
     )
     parser.add_argument(
         "--batch",
         type=argument_types.positive,
         default=1,
+        metavar="N",
         help="pairs, with --dynamic none (default: 1)",
     )
     parser.add_argument(
@@ -86,6 +88,7 @@ def _add_export_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def _run_export(options: argparse.Namespace) -> None:
+    settle_output(options)
     name = format_of(options.output, options.format)
     if options.int8 and name not in _INT8_FORMATS:
         raise CommandError(
@@ -102,15 +105,12 @@ def _run_export(options: argparse.Namespace) -> None:
         raise CommandError(f"{options.calibration} holds no images to calibrate on")
     model = load_model(options)
     model.spatial = options.spatial
-    size = check_size(model, _height_and_width(options.size))
+    width, height = options.size
+    size = check_size(model, (height, width))
     lines = (
         _quantize(model, size, names, options) if options.int8 else _export(model, size, options)
     )
     print_to("\n".join(lines), sys.stdout)
-
-
-def _height_and_width(size: int | tuple[int, int]) -> tuple[int, int]:
-    return (size, size) if isinstance(size, int) else (size[1], size[0])
 
 
 def _export(model: LPIPS, size: tuple[int, int], options: argparse.Namespace) -> list[str]:
@@ -184,7 +184,7 @@ def _bytes(path: Path) -> int:
 
 
 COMMAND = Command(
-    "write the model as a file for ONNX Runtime, torch, OpenVINO, TensorRT or Core ML",
+    "write the model for ONNX Runtime, OpenVINO, Core ML, torch",
     _add_export_arguments,
     _run_export,
 )

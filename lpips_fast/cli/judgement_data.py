@@ -10,10 +10,10 @@ from ..judgements.datasets import PATCH_SIZE
 
 def add_judgement_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
-        "--size",
+        "--resize",
         type=_pixels,
         default=PATCH_SIZE,
-        metavar="PIXELS",
+        metavar="N",
         help=f"resize the shorter side of images to this (default: {PATCH_SIZE}, as the paper); "
         "0 leaves them as they are",
     )

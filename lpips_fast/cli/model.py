@@ -11,10 +11,10 @@ import torch
 
 from ..normalization import NORMALIZATIONS
 from ..trunk.table import TRUNKS, check_layers, trunk_spec
-from ..weights import locate_trunk_weights, lpips_state_dict, read_state_dict
+from ..weights import load_trunk_weights, locate_trunk_weights, lpips_state_dict, read_state_dict
 from . import argument_types
-from .command import CommandError, tell
-from .device import to_device
+from .command import CommandError, is_quiet, tell
+from .device import add_device_argument, to_device
 
 if TYPE_CHECKING:
     from ..lpips import LPIPS
@@ -33,6 +33,7 @@ def add_model_arguments(
     all_nets: str | None = None,
     dtype: bool = True,
     checkpoint: bool = True,
+    device: str | None = None,
 ) -> None:
     """Arguments for every sub-command that measures with a model; see :func:`load_model`.
 
@@ -40,16 +41,18 @@ def add_model_arguments(
         all_nets: what ``--net all`` does, for a sub-command that takes it.
         dtype: whether the sub-command lets its user choose one; float32 otherwise.
         checkpoint: whether it takes learned weights.
+        device: the default, where it is not that of all others.
     """
     nets, help_of_net = tuple(TRUNKS), "trunk (default: alex)"
     if all_nets is not None:
         nets, help_of_net = (*nets, "all"), f"{help_of_net}; all: {all_nets}"
     parser.add_argument("--net", choices=nets, default="alex", help=help_of_net)
     parser.add_argument(
-        "--version",
+        "--lpips-version",
+        dest="version",
         choices=("0.1", "0.0"),
         default="0.1",
-        help="version of LPIPS, not of this package (default: 0.1)",
+        help="of the metric, not of this package (default: 0.1)",
     )
     parser.add_argument(
         "--baseline", action="store_true", help="unweighted features, no linear layers"
@@ -92,12 +95,7 @@ def add_model_arguments(
         )
     else:
         parser.set_defaults(checkpoint=None)
-    parser.add_argument(
-        "--device",
-        type=argument_types.device,
-        default=torch.device("cpu"),
-        help="cpu (default), cuda, cuda:1 …",
-    )
+    add_device_argument(parser, device)
 
 
 def load_model(options: argparse.Namespace) -> LPIPS:
@@ -109,6 +107,8 @@ def load_model(options: argparse.Namespace) -> LPIPS:
     if options.random_trunk:
         tell("warning", "the trunk is random (--random-trunk): these numbers are not LPIPS")
         torch.manual_seed(0)
+    elif is_quiet() and options.weights is None:
+        load_trunk_weights(options.net, progress=False)  # a download that shows no bar
     model = LPIPS(
         net=options.net,
         version=options.version,
@@ -224,6 +224,13 @@ def metric_name(options: argparse.Namespace) -> str:
     if options.checkpoint:
         other += f", weights of {options.checkpoint}"
     return f"{trunk}{metric} {options.net}, version {options.version}{other}"
+
+
+def random_trunk_warning(options: argparse.Namespace) -> str:
+    """What stands above all else where numbers are not LPIPS; empty where they are."""
+    if not options.random_trunk:
+        return ""
+    return "The trunk is random (--random-trunk): these numbers are not LPIPS."
 
 
 def distance_name(options: argparse.Namespace) -> str:

@@ -23,13 +23,13 @@ from .model import add_model_arguments, load_model, metric_name, weights_text
 from .outputs import check_output
 from .pairwise import (
     add_memory_argument,
-    bar_of,
     check_comparable,
     memory_left,
     read_folder,
     refuse_unreadable,
     replacing,
 )
+from .progress import open_ended
 
 
 def _add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -88,7 +88,7 @@ def _run(options: argparse.Namespace) -> None:
                 )
         limit = memory_left(options, gallery, queries)
         scheme = plan(model, len(images), gallery.size, len(gallery), memory_limit=limit)
-        with bar_of("comparing", scheme.trunk_passes) as advance:
+        with open_ended(scheme.trunk_passes, "images", "comparing") as advance:
             found = nearest(model, images, gallery, options.k, memory_limit=limit, progress=advance)
     distances, positions = (x.cpu() for x in found)
     if not bool(torch.isfinite(distances).all()):
@@ -146,6 +146,4 @@ def _report(
     }
 
 
-COMMAND = Command(
-    "find the nearest images of a folder for each image of another", _add_arguments, _run
-)
+COMMAND = Command("find the nearest images of a folder for each of another", _add_arguments, _run)

@@ -13,13 +13,19 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from .. import fidelity
+from ..folders.pairing import told_apart
 from ..images.heatmap import PICTURE_SUFFIXES, save_heatmap, save_map_numbers
 from ..version import __version__
 from . import argument_types
 from .command import Command, CommandError, UsageError, add_json_argument, print_to
 from .image_files import (
     add_image_arguments,
+    add_mask_arguments,
+    check_minimum,
+    mask_text,
+    masking,
     preprocessing,
+    read_mask_of,
     read_one_size,
     refuse_folders,
     size_text,
@@ -50,9 +56,10 @@ def _add_pair_arguments(parser: argparse.ArgumentParser) -> None:
         help="what to measure (default: lpips)",
     )
     add_image_arguments(parser)
+    add_mask_arguments(parser)
     parser.add_argument(
         "--map",
-        type=_picture_path,
+        type=picture_path,
         metavar="OUT",
         help="draw where the images differ, for example OUT.png, and write its numbers to OUT.npy",
     )
@@ -60,7 +67,8 @@ def _add_pair_arguments(parser: argparse.ArgumentParser) -> None:
     add_json_argument(parser)
 
 
-def _picture_path(text: str) -> Path:
+def picture_path(text: str) -> Path:
+    """A path with the suffix of a picture that can be drawn."""
     path = Path(text)
     if path.suffix.lower() not in PICTURE_SUFFIXES:
         raise argparse.ArgumentTypeError(f"{text!r} does not end in {', '.join(PICTURE_SUFFIXES)}")
@@ -74,10 +82,15 @@ def _run_pair(options: argparse.Namespace) -> None:
     if not needs_model and (options.map or options.per_layer):
         wrong = "--map" if options.map else "--per-layer"
         raise UsageError(f"{wrong} is of lpips, which is not among --metrics")
+    how = masking(options, has_masks=options.mask is not None)
+    inputs = [*paths, *([options.mask] if how else [])]
     if options.map:
         for target in (options.map, options.map.with_suffix(".npy")):
-            check_output(target, paths)
+            check_output(target, inputs)
     in0, in1 = read_one_size(paths, options)
+    if how:
+        size = (in0.shape[2], in0.shape[3])
+        how["mask"] = read_mask_of(options, size).to(options.device)
     # Whatever a library prints while it works is not part of the result.
     with contextlib.redirect_stdout(sys.stderr), torch.inference_mode():
         fidelities = _fidelities(options, in0, in1)
@@ -85,12 +98,15 @@ def _run_pair(options: argparse.Namespace) -> None:
         layers: list[float] = []
         if needs_model:
             model = load_model(options)
+            check_minimum(model, options.image0, in0, options.net)
             weights = weights_text(options, options.net, model)
-            distance, layers = _measure(model, in0.to(options.device), in1.to(options.device))
-            map_report = _draw_map(model, options, in0, in1, distance) if options.map else None
+            distance, layers = _measure(model, in0.to(options.device), in1.to(options.device), how)
+            map_report = _draw_map(model, options, in0, in1, distance, how) if options.map else None
 
     if options.json:
         report = _pair_report(options, in0, distance, layers, fidelities, weights, map_report)
+        if how:
+            report["mask"] = {"path": options.mask, "meaning": mask_text(how)}
         print_to(json.dumps(report, indent=2, allow_nan=False), sys.stdout)
         return
     lines = []
@@ -102,6 +118,8 @@ def _run_pair(options: argparse.Namespace) -> None:
     lines.append(f"  {options.image0}  vs  {options.image1}  ({size_text(in0)})")
     if needs_model:
         lines.append(f"  {metric_name(options)}, {options.device}")
+    if how:
+        lines.append(f"  mask {options.mask}, {mask_text(how)}")
     if options.per_layer:
         named = zip(layer_names(options), layers, strict=True)
         lines += [f"  {name}: {_rounded(value)}" for name, value in named]
@@ -124,8 +142,10 @@ def _fidelities(
     }
 
 
-def _measure(model: LPIPS, in0: torch.Tensor, in1: torch.Tensor) -> tuple[float, list[float]]:
-    value, per_layer = model(in0, in1, retPerLayer=True)
+def _measure(
+    model: LPIPS, in0: torch.Tensor, in1: torch.Tensor, how: dict[str, Any]
+) -> tuple[float, list[float]]:
+    value, per_layer = model(in0, in1, retPerLayer=True, **how)
     distance = float(value)
     if not math.isfinite(distance):
         raise CommandError(f"the distance is {distance}: the trunk's weights must be damaged")
@@ -138,12 +158,13 @@ def _draw_map(
     in0: torch.Tensor,
     in1: torch.Tensor,
     distance: float,
+    how: dict[str, Any],
 ) -> dict[str, Any]:
     # A second run, for the map's mean is not quite the distance: its layers are enlarged first.
     model.spatial = True
-    distance_map = model(in0.to(options.device), in1.to(options.device)).cpu()
+    distance_map = model(in0.to(options.device), in1.to(options.device), **how).cpu()
     model.spatial = False
-    names = (Path(options.image0).name, Path(options.image1).name)
+    names = told_apart([options.image0, options.image1])
     picture = save_heatmap(
         distance_map,
         options.map,

@@ -19,6 +19,7 @@ import torch
 from ..folders import csv_text
 from ..folders.folder_images import FolderImages, Reading
 from ..folders.ranks import Ranks
+from ..images.heatmap import drawable
 from ..pairs.all_pairs import (
     DEFAULT_MEMORY_LIMIT,
     mean_diversity,
@@ -41,6 +42,7 @@ from .model import (
     weights_text,
 )
 from .outputs import check_output
+from .progress import open_ended
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
@@ -167,7 +169,7 @@ def _compare(options: argparse.Namespace, ranks: Ranks, tell_all: Callable[[Any]
             if ranks.size > 1:
                 share = TrunkShare(0, ranks.size)
                 tell_all((rows.without_pixels(), columns and columns.without_pixels(), limit))
-            with bar_of("comparing", scheme.trunk_passes) as advance:
+            with open_ended(scheme.trunk_passes, "images", "comparing") as advance:
                 matrix = pairwise(
                     model, rows, columns, memory_limit=limit, progress=advance, share=share
                 ).cpu()
@@ -197,7 +199,7 @@ def read_folder(folder: str, options: argparse.Namespace) -> FolderImages:
             Reading(options.alpha, options.max_pixels, preprocessing(options)),
             recursive=options.recursive,
             memory=options.memory_limit // _CACHE_SHARE,
-            started=lambda count: stack.enter_context(bar_of("reading", count)),
+            started=lambda count: stack.enter_context(open_ended(count, "images", "reading")),
         )
     others = len(images.listing.others)
     if others:
@@ -287,21 +289,6 @@ def _targets(options: argparse.Namespace) -> list[Path]:
 def _picture_path(options: argparse.Namespace) -> Path:
     output: Path = options.output
     return output.with_suffix(".png")
-
-
-@contextlib.contextmanager
-def bar_of(what: str, total: int) -> Iterator[Callable[[int], None]]:
-    """A bar on standard error, and only where somebody looks at it."""
-    from tqdm import tqdm
-
-    with tqdm(total=total, desc=what, unit=" images", file=sys.stderr, disable=None) as bar:
-
-        def advance(count: int) -> None:
-            if not bar.disable:
-                bar.total = max(bar.total, bar.n + count)  # near pairs are computed again
-            bar.update(count)
-
-        yield advance
 
 
 # ---------------------------------------------------------------------------------- the result
@@ -477,10 +464,10 @@ def _draw(
         for i, j in np.ndindex(*matrix.shape):
             value = float(matrix[i, j])
             axes.text(
-                *(j, i, f"{value:.2f}" if value else "0"),
+                *(j, i, f"{value:.6f}" if value else "0"),
                 ha="center",
                 va="center",
-                fontsize=7.5,
+                fontsize=6,
                 color="black" if value > bright else "white",
             )
     compared = f"{len(rows):,}" if options.other is None else f"{len(rows):,} by {len(columns):,}"
@@ -493,10 +480,11 @@ def _draw(
 
 
 def _shortened(name: str) -> str:
+    name = drawable(name)
     # The end of a path tells more than its start.
     return name if len(name) <= 24 else "…" + name[-23:]
 
 
 COMMAND = Command(
-    "compare all images of a folder with each other, or with all of another", _add_arguments, _run
+    "compare all images of a folder with each other, or with another's", _add_arguments, _run
 )

@@ -16,9 +16,10 @@ from ..choice.recommendation import PEOPLE_2AFC, Recommendation, recommend_trunk
 from ..choice.trunk_costs import Mode, cache_folder
 from ..version import __version__
 from . import argument_types
-from .command import Command, CommandError, add_json_argument, print_to
-from .device import to_device
+from .command import Command, CommandError, add_json_argument, is_quiet, print_to
+from .device import add_device_argument, to_device
 from .model import DTYPES
+from .spellings import as_options
 
 
 def _add_recommend_arguments(parser: argparse.ArgumentParser) -> None:
@@ -37,10 +38,10 @@ def _add_recommend_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument(
         "--size",
-        type=argument_types.size,
+        type=argument_types.image_size,
         default=(256, 256),
-        metavar="WxH",
-        help="default: 256x256",
+        metavar="N|WxH",
+        help="of the images (default: 256)",
     )
     parser.add_argument(
         "--mode",
@@ -51,12 +52,7 @@ def _add_recommend_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--dtype", choices=tuple(DTYPES), default="float32", help="of the trunk (default: float32)"
     )
-    parser.add_argument(
-        "--device",
-        type=argument_types.device,
-        default=None,
-        help="cpu, cuda …; default: a GPU if there is one",
-    )
+    add_device_argument(parser)
     parser.add_argument(
         "--refresh", action="store_true", help="measure again what an earlier call measured"
     )
@@ -65,8 +61,7 @@ def _add_recommend_arguments(parser: argparse.ArgumentParser) -> None:
 
 def _run_recommend(options: argparse.Namespace) -> None:
     width, height = options.size
-    if options.device is not None:
-        to_device(torch.empty(0), options.device)
+    to_device(torch.empty(0), options.device)
     with contextlib.redirect_stdout(sys.stderr):
         recommendation = recommend_trunk(
             options.min_2afc,
@@ -77,12 +72,12 @@ def _run_recommend(options: argparse.Namespace) -> None:
             mode=options.mode,
             dtype=DTYPES[options.dtype],
             refresh=options.refresh,
-            progress=True,
+            progress=not is_quiet(),
         )
     if options.json:
         print_to(json.dumps(_report(recommendation), indent=2, allow_nan=False), sys.stdout)
     else:
-        print_to(str(recommendation), sys.stdout)
+        print_to(as_options(str(recommendation)), sys.stdout)
     if recommendation.choice is None:
         raise CommandError("no trunk keeps all limits")
 
@@ -113,7 +108,7 @@ def _without_nan(value: Any) -> Any:
 
 
 COMMAND = Command(
-    "say which trunk to use, by agreement with people, time and memory",
+    "say which trunk to use, by agreement with people, time, memory",
     _add_recommend_arguments,
     _run_recommend,
 )

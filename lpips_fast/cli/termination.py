@@ -8,6 +8,7 @@ import signal
 import socket
 import sys
 import threading
+import time
 from collections.abc import Iterator
 from types import FrameType
 
@@ -59,7 +60,11 @@ def _watch(reader: socket.socket) -> None:
         with contextlib.suppress(TimeoutError):
             while reader.recv(64):  # other signals; nothing: the command has ended
                 pass
-            return
+            # Python then waits for its threads, and one of them may be what hangs. Whoever called
+            # the command line from a program of theirs goes on.
+            while threading.main_thread().is_alive():
+                time.sleep(_GRACE / 10)
+            time.sleep(_GRACE)
         with contextlib.suppress(OSError):
             os.write(2, b"lpips-fast: note: stopped\n")
         os._exit(128 + signal.SIGTERM)

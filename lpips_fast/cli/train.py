@@ -20,7 +20,8 @@ from ..judgements.training import (
     TrainingOptions,
     new_model,
 )
-from .command import Command, CommandError, print_to, tell
+from . import argument_types
+from .command import Command, CommandError, is_quiet, print_to, tell
 from .device import to_device
 from .judgement_data import add_judgement_arguments
 from .model import add_model_arguments
@@ -63,7 +64,7 @@ def _add_train_arguments(parser: argparse.ArgumentParser) -> None:
         ("--epochs", int, defaults.epochs, "epochs at the full learning rate"),
         ("--decay-epochs", int, defaults.decay_epochs, "epochs in which the rate falls to 0"),
         ("--learning-rate", float, defaults.learning_rate, "of Adam"),
-        ("--batch-size", int, defaults.batch_size, "triplets a step"),
+        ("--batch", argument_types.positive, defaults.batch_size, "triplets a step"),
         ("--dropout", float, defaults.dropout, "rate before the linear layers"),
         ("--weight-decay", float, defaults.weight_decay, "of the metric's weights, decoupled"),
         ("--seed", int, defaults.seed, "the same seed gives the same bits on one machine"),
@@ -96,16 +97,16 @@ def _run_train(options: argparse.Namespace) -> None:
         decay_epochs=options.decay_epochs,
         learning_rate=options.learning_rate,
         weight_decay=options.weight_decay,
-        batch_size=options.batch_size,
+        batch_size=options.batch,
         dropout=options.dropout,
         cache=not options.no_cache,
         seed=options.seed,
     )
     found = [TwoAFCDataset.find(folder) for folder in options.folders]
-    dataset = TwoAFCDataset([path for paths in found for path in paths.values()], options.size)
+    dataset = TwoAFCDataset([path for paths in found for path in paths.values()], options.resize)
     validation = {}
     for root in options.validation:
-        for name, subset in TwoAFCDataset.open_all(root, options.size).items():
+        for name, subset in TwoAFCDataset.open_all(root, options.resize).items():
             validation[name if name not in validation else f"{root}/{name}"] = subset
 
     with contextlib.redirect_stdout(sys.stderr):
@@ -115,6 +116,7 @@ def _run_train(options: argparse.Namespace) -> None:
             training_options,
             validation=validation,
             workers=options.workers,
+            progress=not is_quiet(),
         )
         trainer.run(options.output, resume=options.resume, curve=not options.no_curve)
     print_to(_report(options, trainer), sys.stdout)

@@ -22,7 +22,15 @@ from ..weights import (
     load_trunk_weights,
 )
 from ..weights.inventory import TrunkState, inspect_located, inspect_path, pack
-from .command import Command, CommandError, add_json_argument, print_to
+from .command import (
+    Command,
+    CommandError,
+    add_common_arguments,
+    add_json_argument,
+    is_quiet,
+    print_to,
+)
+from .outputs import add_output_argument, settle_output
 
 _KINDS = {
     "env": f"in the folder {WEIGHTS_VARIABLE}",
@@ -50,12 +58,14 @@ def _add_weights_arguments(parser: argparse.ArgumentParser) -> None:
         description = f"{summary[0].upper()}{summary[1:]}."
         sub = actions.add_parser(name, help=summary, description=description, allow_abbrev=False)
         sub.set_defaults(action=action)
-        for option, text in (
-            ("--json", "one JSON object on standard output, nothing else"),
-            ("--debug", "show the traceback of a failure"),
-        ):
-            # Without SUPPRESS the default here would undo the option before the action's name.
-            sub.add_argument(option, action="store_true", default=argparse.SUPPRESS, help=text)
+        # Without SUPPRESS the default here would undo the option before the action's name.
+        sub.add_argument(
+            "--json",
+            action="store_true",
+            default=argparse.SUPPRESS,
+            help="one JSON object on standard output, nothing else",
+        )
+        add_common_arguments(sub, default=argparse.SUPPRESS)
         return sub
 
     add("list", _list, "where the trunks' weights are, and if they are official (default)")
@@ -75,7 +85,7 @@ def _add_weights_arguments(parser: argparse.ArgumentParser) -> None:
         help="files, or folders as pack writes them (default: what the search finds)",
     )
     packing = add("pack", _pack, "write weights into a folder for machines without a network")
-    packing.add_argument("folder", metavar="FOLDER", help="made if need be")
+    add_output_argument(packing, Path, "FOLDER", "made if need be")
     packing.add_argument(
         "--net",
         action="append",
@@ -138,11 +148,12 @@ def _verify(options: argparse.Namespace) -> None:
 
 
 def _pack(options: argparse.Namespace) -> None:
+    settle_output(options)
     with contextlib.redirect_stdout(sys.stderr):
-        states = pack(options.folder, _named(options.net or ["all"]))
+        states = pack(options.output, _named(options.net or ["all"]), progress=not is_quiet())
     _print_states(options, states)
     if not options.json:
-        print_to(f"{WEIGHTS_VARIABLE}={Path(options.folder).expanduser().resolve()}", sys.stdout)
+        print_to(f"{WEIGHTS_VARIABLE}={options.output.expanduser().resolve()}", sys.stdout)
 
 
 # ---------------------------------------------------------------------------------------------
@@ -155,7 +166,7 @@ def _named(nets: Iterable[str]) -> list[str]:
 def _get(nets: Iterable[str]) -> None:
     with contextlib.redirect_stdout(sys.stderr):
         for net in _named(nets):
-            load_trunk_weights(net)
+            load_trunk_weights(net, progress=not is_quiet())
 
 
 def _located(net: str) -> dict[str, Any]:
@@ -212,7 +223,7 @@ def _fail_for(unusable: Iterable[str]) -> None:
 
 
 COMMAND = Command(
-    "show where the trunks' weights are; fetch, verify and pack them",
+    "show where the trunks' weights are; fetch, verify, pack them",
     _add_weights_arguments,
     _run_weights,
 )

@@ -34,6 +34,7 @@ from ..trunk.legality import (
 )
 from ..trunk.table import IMAGE_CHANNELS
 from .linear import NetLinLayer, drops
+from .masks import Mask
 from .scaling import ScalingLayer, scaled_batch, scaled_batch_and_flags, scaled_pair
 
 if TYPE_CHECKING:
@@ -51,6 +52,7 @@ class Call:
         scales: whether the scaling layer is as built, so that one kernel stands for it.
         linear: whether the linear layers are weights a channel, which the kernels take.
         weights: by layer, what stands for its linear weights in this call.
+        mask: by which positions are weighted.
         flags: where :meth:`scaled` leaves those of the images; ``None``: it makes none.
     """
 
@@ -60,6 +62,7 @@ class Call:
     scales: bool
     linear: bool
     weights: Mapping[int, Tensor] = field(default_factory=dict)
+    mask: Mask | None = None
     flags: list[Tensor] | None = None
 
     @property

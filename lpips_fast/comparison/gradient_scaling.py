@@ -36,13 +36,16 @@ def enter(tensors: Sequence[Tensor]) -> tuple[list[Tensor], Tensor]:
     return same, token
 
 
-def leave(layers: Sequence[Tensor], token: Tensor, positions: Sequence[float]) -> list[Tensor]:
+def leave(
+    layers: Sequence[Tensor], token: Tensor, positions: Sequence[float | Tensor]
+) -> list[Tensor]:
     """The same distances, whose gradients are multiplied by the power of two.
 
     Args:
         layers: distances or maps of every layer.
         token: as :func:`enter` gave it.
-        positions: of the layer's features, for every element of the distance or map.
+        positions: of the layer's features, for every element of the distance or map, over the
+            largest weight of any; as a tensor where a mask gives the weights.
     """
     return list(_Leave.apply(token, tuple(positions), *layers))
 
@@ -71,7 +74,7 @@ def _divide(grad: Tensor, power: Tensor) -> Tensor:
 class _Leave(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx, token: Tensor, positions: tuple[float, ...], *layers: Tensor
+        ctx, token: Tensor, positions: tuple[float | Tensor, ...], *layers: Tensor
     ) -> tuple[Tensor, ...]:
         ctx.set_materialize_grads(False)
         ctx.positions = positions

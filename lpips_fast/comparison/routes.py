@@ -9,6 +9,7 @@ one after the other, as in ``lpips``.
 from __future__ import annotations
 
 import dataclasses
+import itertools
 from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING
 
@@ -25,6 +26,7 @@ from ..trunk.receptive_fields import receptive_fields
 from ..trunk.slice_node import as_images, slice_tap
 from . import gradient_scaling
 from .calls import CHANNELS, Call, is_unwatched, like_of, prepare_call, run, size_of
+from .masks import Mask
 from .slice_distance import slice_distance
 from .spatial import spatial_average, upsample
 
@@ -40,7 +42,11 @@ _ONE_BATCH_ON_CUDA = 16 * 3 * 256 * 256
 
 
 def layer_distances(
-    model: LPIPS, in0: Tensor | Features, in1: Tensor | Features, normalize: bool
+    model: LPIPS,
+    in0: Tensor | Features,
+    in1: Tensor | Features,
+    normalize: bool,
+    mask: Mask | None = None,
 ) -> list[Tensor]:
     """Every layer's distance, (N, 1, 1, 1) or for ``spatial`` (N, 1, H, W).
 
@@ -50,8 +56,11 @@ def layer_distances(
     Args:
         in0, in1: images (N, 3, H, W) as the model takes them, or features of it.
         normalize: images are in [0, 1].
+        mask: weights positions; not for ``spatial``.
     """
     call = prepare_call(model, [x for x in (in0, in1) if isinstance(x, Tensor)], normalize)
+    if mask is not None:
+        call = dataclasses.replace(call, mask=mask)
     if not kernels.has_operators():
         return _layers(call, in0, in1)
     if _scales_gradients(call, in0, in1):
@@ -70,7 +79,8 @@ def layer_distances(
     for first in range(0, batch, limit):
         part = slice(first, first + limit)
         pair = [x if len(x) == 1 and batch > 1 else x[part] for x in (in0, in1)]
-        parts.append(layer_distances(model, pair[0], pair[1], normalize))
+        of_part = None if mask is None else mask[part]
+        parts.append(layer_distances(model, pair[0], pair[1], normalize, of_part))
     return [torch.cat(layer) for layer in zip(*parts)]
 
 
@@ -98,15 +108,23 @@ def _with_scaled_gradients(
     learning = {k: model.layer_weight(k) for k in model.layers} if model.lpips else {}
     learning = {k: weight for k, weight in learning.items() if weight.requires_grad}
     images = {k: x for k, x in enumerate(pair) if isinstance(x, Tensor) and x.requires_grad}
-    entered, token = gradient_scaling.enter([*images.values(), *learning.values()])
+    masks = [call.mask.mask] if call.mask is not None and call.mask.wants_gradient else []
+    entered, token = gradient_scaling.enter([*images.values(), *learning.values(), *masks])
     for k, image in zip(images, entered):
         pair[k] = image
     call = dataclasses.replace(call, weights=dict(zip(learning, entered[len(images) :])))
+    if masks:
+        call = dataclasses.replace(call, mask=Mask(entered[-1]))
     layers = _layers(call, pair[0], pair[1])
     height, width = size_of(entered[0])
     shapes = tap_shapes(model.net_name, (height, width))
     whole = height * width if model.spatial else 1
-    positions = [shapes[k][1] * shapes[k][2] / whole for k in model.layers]
+    grids = [shapes[k][1:] for k in model.layers]
+    positions: list[float | Tensor] = [h * w / whole for h, w in grids]
+    if call.mask is not None:
+        # Where it counts most, a position's share of the gradient is so many times as large.
+        weights = call.mask.weights(grids, layers[0].dtype)
+        positions = [p / w.detach().amax() for p, w in zip(positions, weights)]
     return gradient_scaling.leave(layers, token, positions)
 
 
@@ -175,8 +193,9 @@ def _encoded(call: Call, in0: Tensor | Features, in1: Tensor | Features) -> list
 
 def _one_batch(call: Call, in0: Tensor, in1: Tensor) -> list[Tensor]:
     """Both images in one batch, all taps together: the fewest calls."""
-    split = [len(in0), len(in1)]
-    pairs = [tap.split(split) for tap in call.taps((in0, in1))]
+    split = [in0.shape[0], in1.shape[0]]
+    # Not by tap.split(), which asks for __torch_function__ first.
+    pairs = [torch.split_with_sizes(tap, split) for tap in call.taps((in0, in1))]
     return compare(call, [a for a, _ in pairs], [b for _, b in pairs], size_of(in0))
 
 
@@ -207,7 +226,8 @@ def _to_target(call: Call, image: Tensor | Features, target: Tensor | Features) 
     """An image that wants a gradient, to a target that wants none: one node a slice."""
     model = call.model
     fused = model.normalization == "l2" and not model.checkpoint and call.linear
-    if not isinstance(image, Tensor) or not call.is_as_built or not fused:
+    learns = call.mask is not None and call.mask.wants_gradient
+    if not isinstance(image, Tensor) or not call.is_as_built or not fused or learns:
         return _encoded(call, image, _without_graph(call, target))
     assert call.by_hand is not None
     slices = call.by_hand[: model.layers[-1] + 1]
@@ -255,12 +275,18 @@ def _slice_by_slice(
     channels = [CHANNELS[model.net_name][k] for k in model.layers]
     weights = iter(channel_weights(call, x, model.layers, channels))
     keys = receptive_fields(call.by_hand[: len(targets)], as_images(x))
+    of_positions: Iterator[Tensor | None] = itertools.repeat(None)
+    if call.mask is not None:
+        shapes = tap_shapes(model.net_name, size)
+        of_positions = iter(call.mask.weights([shapes[k][1:] for k in model.layers], x.dtype))
     for by_hand, target, of_slice in zip(call.by_hand, targets, keys):
         assert isinstance(by_hand, FastSlice)
         if target is None:
             x = slice_tap(by_hand, x, of_slice)
             continue
-        x, value = slice_distance(by_hand, x, target, next(weights), model.spatial, of_slice)
+        x, value = slice_distance(
+            by_hand, x, target, next(weights), model.spatial, of_slice, next(of_positions)
+        )
         layers.append(upsample(value, size) if model.spatial else value.view(-1, 1, 1, 1))
     return layers
 
@@ -285,6 +311,9 @@ def compare(
     model = call.model
     layers = model.layers[first : first + len(taps0)]
     eps = composed.EPS
+    of_positions = None
+    if call.mask is not None:
+        of_positions = call.mask.weights([size_of(tap) for tap in taps0], taps0[0].dtype)
     # Outside our operators shapes may be symbols and tensors wrapped: nothing is asked of them.
     if model.lpips and not call.linear:
         maps = []
@@ -293,22 +322,37 @@ def compare(
                 functional.normalize_features(tap, model.normalization) for tap in (tap0, tap1)
             )
             maps.append(run(model, model.lins[k], (normal0 - normal1) ** 2))
-        return [upsample(m, size) if model.spatial else spatial_average(m) for m in maps]
+        return _of_maps(model, maps, of_positions, size)
     weights = channel_weights(call, taps0[0], layers, [tap.shape[1] for tap in taps0])
     if not kernels.has_operators():
         maps = [
             composed.distance_map(a, b, w, eps, model.normalization)
             for a, b, w in zip(taps0, taps1, weights)
         ]
-        return [upsample(m, size) if model.spatial else spatial_average(m) for m in maps]
+        return _of_maps(model, maps, of_positions, size)
     pairs = [_broadcast(a, b) for a, b in zip(taps0, taps1)]
     taps0, taps1 = [a for a, _ in pairs], [b for _, b in pairs]
     normalization = model.normalization
     if model.spatial:
         maps = functional.distance_map(taps0, taps1, weights, normalization=normalization)
         return [upsample(m, size) for m in maps]
-    distances = functional.distance(taps0, taps1, weights, normalization=normalization)
+    distances = functional.distance(
+        taps0, taps1, weights, normalization=normalization, position_weights=of_positions
+    )
     return [d.view(-1, 1, 1, 1) for d in distances.unbind(dim=1)]
+
+
+def _of_maps(
+    model: LPIPS,
+    maps: Sequence[Tensor],
+    of_positions: Sequence[Tensor] | None,
+    size: tuple[int, int],
+) -> list[Tensor]:
+    if model.spatial:
+        return [upsample(m, size) for m in maps]
+    if of_positions is not None:
+        maps = [m * w.to(m.dtype) for m, w in zip(maps, of_positions)]
+    return [spatial_average(m) for m in maps]
 
 
 def channel_weights(
@@ -323,8 +367,8 @@ def channel_weights(
     dtype = accumulator_dtype(like.dtype)
     if not model.lpips:
         return [like.new_ones(count, dtype=dtype) for count in channels]
-    weights = [call.weights.get(k, model.layer_weight(k)) for k in layers]
-    return [weight.view(-1).to(dtype) for weight in weights]
+    weights = [call.weights[k] if k in call.weights else model.layer_weight(k) for k in layers]
+    return [weight if weight.dtype == dtype else weight.to(dtype) for weight in weights]
 
 
 def _without_inference(x: Tensor | Features) -> Tensor | Features:
@@ -346,8 +390,9 @@ def _needs_graph(call: Call, image: Tensor | Features) -> bool:
 
 def _broadcast(tap0: Tensor, tap1: Tensor) -> tuple[Tensor, Tensor]:
     """Both for the common batch; one image stands for all without a copy."""
-    batch = common_batch(len(tap0), len(tap1))
+    # Not by len(), which asks for __torch_function__ first.
+    batch = common_batch(tap0.shape[0], tap1.shape[0])
     # Not where it changes nothing: torch.compile cannot save views of unknown size for backward.
     return tuple(  # type: ignore[return-value]
-        tap if len(tap) == batch else tap.expand(batch, -1, -1, -1) for tap in (tap0, tap1)
+        tap if tap.shape[0] == batch else tap.expand(batch, -1, -1, -1) for tap in (tap0, tap1)
     )

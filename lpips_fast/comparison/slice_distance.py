@@ -17,6 +17,7 @@ from torch import Tensor
 
 from .. import composed, kernels
 from ..composed import EPS
+from ..kernels.distance import gradient_of_map
 from ..trunk.compiled import made_like
 from ..trunk.legality import FastSlice
 from ..trunk.slice_node import as_images, is_transformed
@@ -30,6 +31,7 @@ def slice_distance(
     weight: Tensor,
     spatial: bool,
     keys: Sequence[Tensor] = (),
+    of_positions: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """The tap of a slice for images ``x``, and its distance to another tap.
 
@@ -42,18 +44,33 @@ def slice_distance(
         weight: (C_l,) in the accumulator's dtype; may learn.
         spatial: return a map (N, 1, H_l, W_l) instead of its mean (N, 1).
         keys: of ``x``, before each pooling (:mod:`lpips_fast.trunk.receptive_fields`).
+        of_positions: (N or 1, 1, H_l, W_l), without a graph, by which the map is multiplied before
+            its mean is taken; not for ``spatial``.
     """
     x = as_images(x)
     if kernels.is_compiling():
-        return _compiled(fast, x, target, weight, spatial, keys)
-    return _SliceDistance.apply(x, weight, target, spatial, fast, keys, *fast.parameters)
+        if of_positions is None:
+            return _compiled(fast, x, target, weight, spatial, keys)
+        tap, distances = _compiled(fast, x, target, weight, True, keys)
+        return tap, (distances * of_positions).mean(dim=(2, 3))
+    return _SliceDistance.apply(
+        x, weight, target, spatial, fast, keys, of_positions, *fast.parameters
+    )
 
 
-def _distance(tap: Tensor, target: Tensor, weight: Tensor, spatial: bool) -> Tensor:
+def _distance(
+    tap: Tensor,
+    target: Tensor,
+    weight: Tensor,
+    spatial: bool,
+    of_positions: Tensor | None = None,
+) -> Tensor:
     operators = torch.ops.lpips_fast
     with kernels.below_autograd(tap, target, weight):
         if spatial:
             return operators.distance_map([tap], [target], [weight], EPS)[0]
+        if of_positions is not None:
+            return operators.masked_distance([tap], [target], [weight], [of_positions], EPS)
         return operators.distance([tap], [target], [weight], EPS)
 
 
@@ -67,6 +84,7 @@ class _SliceDistance(torch.autograd.Function):
         spatial: bool,
         fast: FastSlice,
         keys: Sequence[Tensor],
+        of_positions: Tensor | None,
         *parameters: Tensor,
     ) -> tuple[Tensor, Tensor]:
         layers = slice_layers(fast.net, fast.number)
@@ -79,7 +97,8 @@ class _SliceDistance(torch.autograd.Function):
         ctx.set_materialize_grads(False)
         ctx.save_for_backward(x, weight, target, *made, *parameters)
         ctx.layers, ctx.spatial, ctx.made, ctx.keys = layers, spatial, len(made), keys
-        return made[-1], _distance(made[-1], target, weight, spatial)
+        ctx.of_positions = of_positions
+        return made[-1], _distance(made[-1], target, weight, spatial, of_positions)
 
     @staticmethod
     def backward(  # type: ignore[override]
@@ -88,11 +107,13 @@ class _SliceDistance(torch.autograd.Function):
         x, weight, target, *rest = ctx.saved_tensors
         made, parameters = rest[: ctx.made], rest[ctx.made :]
         needs_x, needs_weight = ctx.needs_input_grad[:2]
-        none = (None,) * (4 + len(parameters))
+        none = (None,) * (5 + len(parameters))
         if torch.is_grad_enabled() or is_transformed(grad_tap, grad_distance):
             both = _plain_gradients(ctx, x, weight, target, parameters, grad_tap, grad_distance)
             return (*both, *none)
         if grad_distance is not None:
+            if ctx.of_positions is not None:
+                grad_distance = gradient_of_map(grad_distance, ctx.of_positions)
             with kernels.below_autograd():
                 grads = torch.ops.lpips_fast.tap_backward(
                     grad_distance, grad_tap, made[-1], target, weight, EPS, needs_weight
@@ -131,6 +152,8 @@ def _plain_gradients(
         ]
         tap = plain(ctx.layers, [p.detach() for p in parameters], aliases[0])
         distance = composed.distance_map(tap, target, aliases[1])
+        if ctx.of_positions is not None:
+            distance = distance * ctx.of_positions
         if not ctx.spatial:
             distance = distance.mean(dim=(2, 3))
         results = ((tap, grad_tap), (distance, grad_distance))

@@ -20,6 +20,7 @@ from .pairing import (
     pair_folders,
     pair_several,
     read_pairs,
+    with_masks,
 )
 from .ranks import RankError, Ranks
 from .results import ResultFile, ResultFileError, ResultStream
@@ -55,4 +56,5 @@ __all__ = [
     "pair_several",
     "read_pairs",
     "table",
+    "with_masks",
 ]

@@ -27,7 +27,8 @@ from typing import TYPE_CHECKING, TypeVar
 import numpy as np
 import torch
 
-from ..images.files import Fingerprint
+from ..images.files import Fingerprint, quoted
+from ..images.masks import read_mask
 from ..images.reading import Alpha, ImageError, read_pixels
 from ..images.resizing import Preprocessing
 from .measures import Batch, Distance, Measure
@@ -38,7 +39,7 @@ if TYPE_CHECKING:
 
     from ..lpips import LPIPS
 
-__all__ = ["Evaluation", "FolderGoneError", "Row", "default_workers"]
+__all__ = ["Evaluation", "FolderGoneError", "Row", "default_workers", "is_out_of_memory"]
 
 # A batch holds at most so many pixels of one side (four pairs of 256x256 on a CPU). More is no
 # faster there, and takes memory in every thread.
@@ -72,14 +73,15 @@ class Row:
         name, folder: the pair's.
         values: one a column; ``None`` where it could not be measured.
         error: why not, in one sentence; empty if all could.
-        files: by what the two files are known again; ``None`` of one that could not be read.
+        files: by what the two files, and the mask's, are known again; ``None`` of one that could
+            not be read.
     """
 
     name: str
     values: tuple[float | None, ...]
     error: str = ""
     folder: str = ""
-    files: tuple[Fingerprint | None, Fingerprint | None] = (None, None)
+    files: tuple[Fingerprint | None, ...] = (None, None)
 
 
 def default_workers(processes: int = 1) -> int:
@@ -194,10 +196,20 @@ class Evaluation:
 
         return _in_order(measure, chunks, self.workers, self._stop)
 
+    def read(self, pair: Pair) -> Batch:
+        """A pair, and its mask, as they are measured: resized and cropped, a batch of its own.
+
+        Raises:
+            ValueError: an image cannot be read, or the two do not go together.
+        """
+        decoded = self._read(0, pair, None)
+        masks = [] if decoded.mask is None else [decoded.mask]
+        return Batch([decoded.image0], [decoded.image1], self.device, masks)
+
     def measure(self, pairs: Sequence[Pair]) -> list[Row]:
         """The rows of one chunk, in the calling thread."""
         rows: list[Row | None] = [None] * len(pairs)
-        waiting: dict[tuple[int, ...], list[_Decoded]] = {}
+        waiting: dict[tuple[tuple[int, ...], bool], list[_Decoded]] = {}
         pixels_waiting = 0
         decoded: _Decoded | None = None
         for index, pair in enumerate(pairs):
@@ -208,16 +220,16 @@ class Evaluation:
             except (ValueError, MemoryError) as error:  # ImageError is one
                 rows[index] = self._failed(pair, str(error) or "there is no memory to resize it")
                 continue
-            group = waiting.setdefault(decoded.size, [])
+            group = waiting.setdefault(decoded.kind, [])
             group.append(decoded)
             pixels_waiting += decoded.pixels
             if len(group) >= self._batch_of(decoded.pixels):
                 pixels_waiting -= decoded.pixels * len(group)
-                self._compute(waiting.pop(decoded.size), pairs, rows)
+                self._compute(waiting.pop(decoded.kind), pairs, rows)
             elif pixels_waiting > self._pixels_per_batch():
                 # Images of many sizes: what waits for partners must not pile up.
-                for size in list(waiting):
-                    self._compute(waiting.pop(size), pairs, rows)
+                for kind in list(waiting):
+                    self._compute(waiting.pop(kind), pairs, rows)
                 pixels_waiting = 0
         for group in waiting.values():
             self._compute(group, pairs, rows)
@@ -239,7 +251,22 @@ class Evaluation:
                 f"the images differ in size, {_size(image0.shape)} and {_size(image1.shape)} "
                 "pixels; crop or resize them"
             )
-        return _Decoded(index, image0, image1, (file0, file1), pair.path0)
+        if pair.mask is None:
+            return _Decoded(index, image0, image1, (file0, file1), pair.path0)
+        if before is not None and before.path_of_mask == pair.mask:  # one for many pairs
+            mask, file = before.mask, before.files[2]
+        else:
+            mask, file = read_mask(
+                pair.mask, max_pixels=self.max_pixels, preprocessing=self.preprocessing
+            )
+        assert mask is not None
+        if mask.shape != image0.shape[:2]:
+            raise ImageError(
+                f"the mask {quoted(pair.mask)} has {_size(mask.shape)} pixels and the images have "
+                f"{_size(image0.shape)}"
+            )
+        files = (file0, file1, file)
+        return _Decoded(index, image0, image1, files, pair.path0, mask, pair.mask)
 
     def _read_one(self, path: Path) -> tuple[NDArray[np.uint8], Fingerprint]:
         image, file = read_pixels(path, alpha=self.alpha, max_pixels=self.max_pixels)
@@ -276,7 +303,7 @@ class Evaluation:
             with self._room.take(group[0].pixels * len(group)), torch.inference_mode():
                 values, reasons = self._measured(group)
         except (MemoryError, RuntimeError) as error:
-            if not _is_out_of_memory(error):
+            if not is_out_of_memory(error):
                 raise
             if len(group) > 1:  # together they do not fit; one by one they may
                 for decoded in group:
@@ -309,7 +336,8 @@ class Evaluation:
 
     def _measured(self, group: list[_Decoded]) -> tuple[list[tuple[float | None, ...]], list[str]]:
         """Each pair's numbers, and why some of them are missing."""
-        batch = Batch([d.image0 for d in group], [d.image1 for d in group], self.device)
+        masks = [d.mask for d in group if d.mask is not None]
+        batch = Batch([d.image0 for d in group], [d.image1 for d in group], self.device, masks)
         parts: list[list[list[float]] | list[list[None]]] = []
         reasons = []
         for measure in self.measures:
@@ -329,12 +357,19 @@ class _Decoded:
     index: int  # in its chunk
     image0: NDArray[np.uint8]  # (H, W, 3)
     image1: NDArray[np.uint8]
-    files: tuple[Fingerprint, Fingerprint]
+    files: tuple[Fingerprint, ...]
     path0: Path
+    mask: NDArray[np.uint8] | None = None  # (H, W)
+    path_of_mask: Path | None = None
 
     @property
     def size(self) -> tuple[int, ...]:
         return self.image0.shape[:2]
+
+    @property
+    def kind(self) -> tuple[tuple[int, ...], bool]:
+        """Of which all in a batch are: the size, and with masks or without."""
+        return self.size, self.mask is not None
 
     @property
     def pixels(self) -> int:
@@ -384,7 +419,7 @@ def _in_order(
         pool.shutdown(cancel_futures=True)
 
 
-def _is_out_of_memory(error: Exception) -> bool:
+def is_out_of_memory(error: Exception) -> bool:
     """On a CPU torch says so in words alone."""
     if isinstance(error, (MemoryError, torch.OutOfMemoryError)):
         return True

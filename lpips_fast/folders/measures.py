@@ -9,13 +9,14 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from typing import TYPE_CHECKING, Literal, Protocol, get_args
+from typing import TYPE_CHECKING, Any, Literal, Protocol, get_args
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from .. import fidelity
+from ..comparison.masks import MaskMode
 from ..images.reading import image_to_tensor
 from ..trunk.table import trunk_spec
 
@@ -39,11 +40,13 @@ class Batch:
     Attributes:
         pixels0, pixels1: 8-bit RGB, each (H, W, 3).
         device: where they are measured.
+        masks: of each pair (H, W), or none at all.
     """
 
     pixels0: Sequence[NDArray[np.uint8]]
     pixels1: Sequence[NDArray[np.uint8]]
     device: torch.device
+    masks: Sequence[NDArray[np.uint8]] = ()
 
     def __len__(self) -> int:
         return len(self.pixels0)
@@ -62,6 +65,14 @@ class Batch:
             for images in (self.pixels0, self.pixels1)
         )
         return in0, in1
+
+    @cached_property
+    def mask(self) -> Tensor | None:
+        """(N, 1, H, W) float32, or none."""
+        if not self.masks:
+            return None
+        together = torch.stack([torch.from_numpy(mask) for mask in self.masks])
+        return together.unsqueeze(1).to(self.device).float()
 
     @cached_property
     def values(self) -> tuple[Tensor, Tensor]:
@@ -85,12 +96,14 @@ class Column:
         title: in a table.
         decimals: in a table.
         higher_is_better: else lower is.
+        part_of: the column of which it is one layer's part; empty of all others.
     """
 
     name: str
     title: str
     decimals: int = 4
     higher_is_better: bool = False
+    part_of: str = ""
 
 
 class Measure(Protocol):
@@ -120,6 +133,9 @@ class Measure(Protocol):
 class Distance:
     """LPIPS of one model; with ``per_layer`` also each layer's part, of which it is the sum.
 
+    Args:
+        mask_mode, fill_value: what masks mean, where there are some.
+
     Raises:
         ValueError: a model that does not return one distance a pair.
     """
@@ -133,6 +149,8 @@ class Distance:
         title: str = "LPIPS",
         *,
         per_layer: bool = False,
+        mask_mode: MaskMode = "weighted",
+        fill_value: float = 0.0,
     ) -> None:
         if model.spatial or model.reduction != "none":
             raise ValueError(
@@ -141,22 +159,30 @@ class Distance:
             )
         self.model = model
         self.per_layer = per_layer
+        self.masking: dict[str, Any] = {"mask_mode": mask_mode, "fill_value": fill_value}
         self.columns: tuple[Column, ...] = (Column(name, title),)
         if per_layer:
             taps = list(trunk_spec(model.net_name).taps)
             self.columns += tuple(
-                Column(f"{name}_{taps[layer]}", f"{title} {taps[layer]}") for layer in model.layers
+                Column(f"{name}_{taps[layer]}", f"{title} {taps[layer]}", part_of=name)
+                for layer in model.layers
             )
         self.minimum_size = model.minimum_size
         self.name = f"trunk {model.pnet_type!r}"
 
     def __call__(self, batch: Batch) -> list[list[float]]:
         in0, in1 = batch.images
+        masking = {} if batch.mask is None else {"mask": batch.mask, **self.masking}
         if not self.per_layer:
-            return [[value] for value in self.model(in0, in1).flatten().tolist()]
-        distance, layers = self.model(in0, in1, retPerLayer=True)
+            return [[value] for value in self.model(in0, in1, **masking).flatten().tolist()]
+        distance, layers = self.model(in0, in1, retPerLayer=True, **masking)
         columns = torch.cat([part.reshape(len(batch), 1) for part in (distance, *layers)], dim=1)
         return columns.tolist()
+
+
+def _refuse_masks(batch: Batch) -> None:
+    if batch.masks:
+        raise ValueError("masks are of LPIPS alone: PSNR and SSIM take none")
 
 
 class PSNR:
@@ -168,6 +194,7 @@ class PSNR:
     may_be_infinite = True  # of identical images
 
     def __call__(self, batch: Batch) -> list[list[float]]:
+        _refuse_masks(batch)
         return [[value] for value in fidelity.psnr(*batch.values, data_range=255).tolist()]
 
 
@@ -180,4 +207,5 @@ class SSIM:
     may_be_infinite = False
 
     def __call__(self, batch: Batch) -> list[list[float]]:
+        _refuse_masks(batch)
         return [[value] for value in fidelity.ssim(*batch.values, data_range=255).tolist()]

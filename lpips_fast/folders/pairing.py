@@ -14,7 +14,7 @@ import os
 import re
 import unicodedata
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path, PurePosixPath
 from typing import Literal, get_args
 
@@ -33,6 +33,8 @@ __all__ = [
     "pair_several",
     "read_pairs",
     "short_names",
+    "told_apart",
+    "with_masks",
 ]
 
 #: Suffixes, in lower case, of the formats that :mod:`lpips_fast.images` reads.
@@ -83,12 +85,20 @@ class Pair:
         name: of the first, relative to its folder, with ``/`` between folders.
         path0, path1: the files.
         folder: which of several folders the second is of; empty if there is but one.
+        mask: the file that says which part of them counts, if there is one.
     """
 
     name: str
     path0: Path
     path1: Path
     folder: str = ""
+    mask: Path | None = None
+
+    @property
+    def files(self) -> tuple[Path, ...]:
+        """All that its numbers depend on."""
+        both = (self.path0, self.path1)
+        return both if self.mask is None else (*both, self.mask)
 
 
 @dataclass(frozen=True)
@@ -226,6 +236,45 @@ def pair_several(
     return sorted(pairs, key=lambda pair: order[pair.name]), pairings  # stable: folders in order
 
 
+def with_masks(
+    pairs: Sequence[Pair],
+    masks: str | os.PathLike[str],
+    *,
+    match: Match | Patterns = "name",
+    recursive: bool = False,
+) -> list[Pair]:
+    """The same pairs, each with its mask.
+
+    Args:
+        pairs: of folders.
+        masks: a file, for all pairs; or a folder, in which a mask is called as the first image of
+            its pair but for the suffix, or as the text that ``{}`` stands for in the patterns.
+        match, recursive: by which the images were paired.
+
+    Raises:
+        FolderError: the folder cannot be listed, or has no mask for some pair, or two for one.
+    """
+    place = Path(masks)
+    if not place.is_dir():
+        return [replace(pair, mask=place) for pair in pairs]
+    names, _ = _keyed(list_images(place, recursive=recursive), _stem, place)
+
+    def mask_of(name: str) -> str | None:
+        if isinstance(match, Patterns):
+            return names.get(match.keys(name)[0] or "") or names.get(_stem(name))
+        return names.get(_stem(name))
+
+    found = [mask_of(pair.name) for pair in pairs]
+    without = list(dict.fromkeys(p.name for p, name in zip(pairs, found) if name is None))
+    if without:
+        more = f" and {len(without) - 5} more" if len(without) > 5 else ""
+        raise FolderError(
+            f"{place} has no mask for {', '.join(without[:5])}{more}: a mask is called as the "
+            "image, but for the suffix; leave out images without one"
+        )
+    return [replace(pair, mask=place / str(name)) for pair, name in zip(pairs, found)]
+
+
 def short_names(folders: Sequence[Path]) -> list[str]:
     """As much of the end of each path as tells it from the others.
 
@@ -246,6 +295,20 @@ def short_names(folders: Sequence[Path]) -> list[str]:
     raise AssertionError("paths that differ have ends that differ")
 
 
+def told_apart(files: Sequence[str | os.PathLike[str]]) -> list[str]:
+    """As much of the end of each file's path as tells it from the others: mostly its name.
+
+    >>> told_apart(["runs/a/1.png", "runs/b/1.png"]), told_apart(["a/1.png", "b/2.png"])
+    (['a/1.png', 'b/1.png'], ['1.png', '2.png'])
+    """
+    parts = [Path(file).parts for file in files]
+    for count in range(1, max(map(len, parts), default=1) + 1):
+        names = ["/".join(part[-count:]).replace("//", "/") for part in parts]
+        if len(set(names)) == len(set(parts)):
+            return names
+    raise AssertionError("paths that differ have ends that differ")
+
+
 # ------------------------------------------------------------------------------ a list of pairs
 
 _COLUMNS_OF_PAIRS = (("a", "b"), ("image0", "image1"))
@@ -254,7 +317,8 @@ _COLUMNS_OF_PAIRS = (("a", "b"), ("image0", "image1"))
 def read_pairs(path: str | os.PathLike[str]) -> list[Pair]:
     """The pairs of a CSV file that has a header row with the columns ``a`` and ``b``.
 
-    Both are paths of images, relative to the file's folder. A column ``name`` names the pairs;
+    Both are paths of images, relative to the file's folder, and so is that of a mask in a column
+    ``mask``. A column ``name`` names the pairs;
     without it the name is the cell of ``a``, or both cells where one image has several partners.
     Other columns are not looked at.
 
@@ -285,6 +349,8 @@ def read_pairs(path: str | os.PathLike[str]) -> list[Pair]:
     positions = [header.index(column) for column in columns]
     cells: list[tuple[str, str]] = []
     names: list[str] = []
+    masks: list[str] = []
+    has_masks = "mask" in header
     for number, row in enumerate(rows[1:], start=1):
         if not row:
             continue
@@ -292,6 +358,10 @@ def read_pairs(path: str | os.PathLike[str]) -> list[Pair]:
         if not all(found):
             raise FolderError(f"row {number} of {path} does not name two images")
         cells.append((found[0], found[1]))
+        at = header.index("mask") if has_masks else len(row)
+        masks.append(row[at] if at < len(row) else "")
+        if has_masks and not masks[-1]:
+            raise FolderError(f"row {number} of {path} names no mask, and others do")
         if "name" in header:
             at = header.index("name")
             names.append(row[at] if at < len(row) else "")
@@ -308,7 +378,10 @@ def read_pairs(path: str | os.PathLike[str]) -> list[Pair]:
                 f"{path} has two pairs that are called {name!r}, rows {seen[name]} and {number}; "
                 "a column name with a name for each tells them apart"
             )
-    return [Pair(name, file.parent / a, file.parent / b) for name, (a, b) in zip(names, cells)]
+    return [
+        Pair(name, file.parent / a, file.parent / b, mask=file.parent / mask if mask else None)
+        for name, (a, b), mask in zip(names, cells, masks)
+    ]
 
 
 # ------------------------------------------------------------------------------ a folder

@@ -10,7 +10,8 @@
     {"summary": {"distance": {"count": 2, "mean": …}}, "failed": 0}
 
 A pair that was measured again has a line for each time; the last one holds. ``files`` are the two
-images' size, modification time and digest (:class:`lpips_fast.images.files.Fingerprint`), or null;
+images', and if it has one its mask's, size, modification time and digest
+(:class:`lpips_fast.images.files.Fingerprint`), or null;
 ``batch`` names the pairs and files that were measured together, on which the last bits of a
 distance can depend.
 """
@@ -43,13 +44,13 @@ class Recorded:
     Attributes:
         values: the numbers as the CSV has them, ``None`` where there is none.
         error: as in :class:`Row`.
-        files: of the two images; ``None`` of one that could not be read.
+        files: of the two images and the mask; ``None`` of one that could not be read.
         batch: see the module.
     """
 
     values: tuple[str | None, ...]
     error: str
-    files: tuple[Fingerprint | None, Fingerprint | None]
+    files: tuple[Fingerprint | None, ...]
     batch: str
 
     def row(self, key: Key) -> Row:
@@ -136,7 +137,7 @@ def _parse_row(facts: dict[str, Any], columns: int) -> tuple[Key, Recorded]:
         f"'values' are not {columns} numbers as text, or null",
     )
     files = facts.get("files")
-    _expect(isinstance(files, list) and len(files) == 2, "'files' are not two")
+    _expect(isinstance(files, list) and len(files) in (2, 3), "'files' are not two, or three")
     row = Recorded(
         tuple(values),  # type: ignore[arg-type]
         facts["error"],

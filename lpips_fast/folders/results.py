@@ -433,7 +433,7 @@ class ResultFile(Results):
                 if recorded.error:
                     found.failed.append(_told(key))
                     continue
-                now = (fingerprint(pair.path0), fingerprint(pair.path1))
+                now = tuple(map(fingerprint, pair.files))
                 if now != recorded.files:
                     found.changed.append(_told(key))
                     continue
@@ -452,7 +452,7 @@ class ResultFile(Results):
     def _batch(
         self,
         keys: Sequence[Key],
-        files: Sequence[tuple[Fingerprint | None, Fingerprint | None]],
+        files: Sequence[tuple[Fingerprint | None, ...]],
     ) -> str:
         return hashlib.sha256(repr((list(keys), list(files))).encode()).hexdigest()[:16]
 

@@ -21,13 +21,22 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
     from numpy.typing import NDArray
 
-__all__ = ["PICTURE_SUFFIXES", "save_heatmap", "save_map_numbers"]
+__all__ = [
+    "COLOUR_MAP",
+    "PICTURE_SUFFIXES",
+    "drawable",
+    "plane_of",
+    "rgb_of",
+    "save_heatmap",
+    "save_map_numbers",
+]
 
 #: What :func:`save_heatmap` writes, by the suffix of the path.
 PICTURE_SUFFIXES = (".png", ".pdf", ".svg", ".jpg", ".jpeg", ".webp")
 
-# Dark is alike and bright is different, in equal perceived steps, in grayscale print as well.
-_COLOUR_MAP = "magma"
+#: Of distance maps. Dark is alike and bright is different, in equal perceived steps, in grayscale
+#: print and to people who are colour-blind as well.
+COLOUR_MAP = "magma"
 
 # Inches. Pictures of any size become panels of one area, so that text stays readable beside them;
 # no side gets longer than a screen, and a panel's place is never narrower than its title.
@@ -99,11 +108,11 @@ def save_heatmap(
             f"cannot tell the picture's format from {path.name!r}: "
             f"expected a name that ends in {', '.join(PICTURE_SUFFIXES)}"
         )
-    values = _plane(map)
+    values = plane_of(map)
     if vmax is not None and not vmax > vmin:
         raise ValueError(f"vmax is {vmax} and vmin is {vmin}: expected vmax to be the larger")
     images = [
-        (name, _rgb(image))
+        (name, rgb_of(image))
         for name, image in zip(names, (image0, image1), strict=True)
         if image is not None
     ]
@@ -139,11 +148,16 @@ def save_map_numbers(map: torch.Tensor | NDArray[Any], path: str | os.PathLike[s
         PosixPath('map.npy')
     """
     path = Path(path).with_suffix(".npy")
-    np.save(path, _plane(map))
+    np.save(path, plane_of(map))
     return path
 
 
-def _plane(map: torch.Tensor | NDArray[Any]) -> NDArray[np.float32]:
+def plane_of(map: torch.Tensor | NDArray[Any]) -> NDArray[np.float32]:
+    """The map of one pair as (H, W).
+
+    Raises:
+        ValueError: another shape, or NaN or infinity in it.
+    """
     array = _to_numpy(map)
     if array.ndim < 2 or 0 in array.shape or any(size != 1 for size in array.shape[:-2]):
         raise ValueError(
@@ -159,7 +173,12 @@ def _plane(map: torch.Tensor | NDArray[Any]) -> NDArray[np.float32]:
     return plane
 
 
-def _rgb(image: torch.Tensor | NDArray[Any]) -> NDArray[np.uint8]:
+def rgb_of(image: torch.Tensor | NDArray[Any]) -> NDArray[np.uint8]:
+    """An image, float (3, H, W) or (1, 3, H, W) in [-1, 1] or uint8 (H, W, 3), as the latter.
+
+    Raises:
+        ValueError: another shape or type.
+    """
     array = _to_numpy(image)
     if array.dtype == np.uint8 and array.ndim == 3 and array.shape[2] == 3:
         return array
@@ -182,11 +201,16 @@ def _to_numpy(values: torch.Tensor | NDArray[Any]) -> NDArray[Any]:
     return np.asarray(values)
 
 
+def drawable(name: str) -> str:
+    """A file's name as Matplotlib takes it: the bytes of one that is no text as ``\\udcXX``."""
+    return name.encode("utf-8", "backslashreplace").decode("utf-8")
+
+
 def _summary(values: NDArray[np.float32], label: str | None, distance: float | None) -> str:
     parts = [] if label is None else [label]
     if distance is not None:
-        parts.append(f"distance {distance:.4g}")
-    parts.append(f"map mean {values.mean(dtype=np.float64):.4g}, max {values.max():.4g}")
+        parts.append(f"distance {distance:.8f}")  # as a CSV of distances has it
+    parts.append(f"map mean {values.mean(dtype=np.float64):.6f}, max {values.max():.6f}")
     return "   ·   ".join(parts)
 
 
@@ -244,7 +268,7 @@ def _draw(
         # "antialiased" shows positions as sharp squares where the picture is enlarged, and does
         # not alias where it is reduced. The colour map and its ends do nothing to an RGB picture.
         drawn = axes.imshow(
-            picture, cmap=_COLOUR_MAP, vmin=vmin, vmax=vmax, interpolation="antialiased"
+            picture, cmap=COLOUR_MAP, vmin=vmin, vmax=vmax, interpolation="antialiased"
         )
         axes.set_axis_off()
         axes.set_title(_shortened(name, place_width), fontsize=10, parse_math=False)
@@ -291,5 +315,5 @@ def _panel_inches(height: int, width: int) -> tuple[float, float]:
 
 def _shortened(name: str, inches: float) -> str:
     # About 12 characters an inch at 10 points. The end of a path tells more than its start.
-    room = int(inches * 12)
+    name, room = drawable(name), int(inches * 12)
     return name if len(name) <= room else "…" + name[-(room - 1) :]

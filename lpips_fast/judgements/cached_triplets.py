@@ -171,7 +171,8 @@ def cache_triplets(
     spread = torch.empty_like(means) if deviations else None
     judge = means.new_empty(size)
     first = 0
-    with tqdm(total=size, desc=progress, disable=progress is None, leave=False) as bar:
+    hidden = True if progress is None else None  # None: where standard error is no terminal
+    with tqdm(total=size, desc=progress, disable=hidden, leave=False) as bar:
         for batch in load_batches(dataset, batch_size, workers=workers, device=means.device):
             count = len(batch["judge"])
             rows = slice(first, first + count)

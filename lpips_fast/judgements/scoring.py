@@ -222,10 +222,11 @@ def _run(
     model.eval()
     rows: list[tuple[Tensor, ...]] = []
     device = model.scaling_layer.shift.device
+    hidden = True if progress is None else None  # None: where standard error is no terminal
     try:
         with (
             torch.no_grad(),
-            tqdm(total=len(dataset), desc=progress, disable=progress is None, leave=False) as bar,
+            tqdm(total=len(dataset), desc=progress, disable=hidden, leave=False) as bar,
         ):
             for batch in load_batches(dataset, batch_size, workers=workers, device=device):
                 rows.append((*measure(batch), batch[judgement]))

@@ -417,7 +417,7 @@ class Trainer:
                     dataset,
                     batch_size=self.options.batch_size,
                     workers=self.workers,
-                    progress=f"scoring {name}" if self._bar is not None else None,
+                    progress=f"scoring {name}" if self.progress and self._bar is not None else None,
                 )
                 score, people = result.score, result.people
             results[name] = (score, people)
@@ -486,7 +486,7 @@ class Trainer:
             total=epochs * size,
             initial=self.epoch * size,
             unit=" judgements",
-            disable=not self.progress,
+            disable=None if self.progress else True,  # None: without a terminal
         ) as self._bar:
             while self.epoch < epochs:
                 record = self.train_epoch()
@@ -495,6 +495,8 @@ class Trainer:
                     shown["validation"] = record.mean_validation_2afc
                 self._bar.set_postfix({name: f"{value:.4f}" for name, value in shown.items()})
                 if self.epoch == epochs or time.monotonic() - saved >= _SAVE_INTERVAL:
+                    if self.epoch == epochs:
+                        self._bar.set_description("writing")  # the bar is at its end, the work not
                     place.restore()
                     self.save(place.path, curve=curve)
                     saved = time.monotonic()

@@ -5,7 +5,15 @@ them; then one file an operator family holds its fake kernel and its derivative.
 tensors, never a network. Importing this package makes ``torch.ops.lpips_fast`` usable.
 """
 
-from . import convolution, distance, fire, max_pool, receptive_fields, scale_images
+from . import (
+    convolution,
+    distance,
+    fire,
+    max_pool,
+    position_weights,
+    receptive_fields,
+    scale_images,
+)
 from .checks import AttributeCheck, ModuleCheck, WeightsCheck, WeightWatch, lie_plainly
 from .dispatch import (
     autocast_dtype,
@@ -42,6 +50,7 @@ __all__ = [
     "is_out_of_memory",
     "lie_plainly",
     "max_pool",
+    "position_weights",
     "receptive_fields",
     "scale_images",
 ]

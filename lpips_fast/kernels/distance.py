@@ -33,6 +33,17 @@ def _(
     return _empty_distance(feats0)
 
 
+@fake_kernel("masked_distance")
+def _(
+    feats0: Sequence[Tensor],
+    feats1: Sequence[Tensor],
+    weights: Sequence[Tensor],
+    position_weights: Sequence[Tensor],
+    eps: float,
+) -> Tensor:
+    return _empty_distance(feats0)
+
+
 @fake_kernel("distance_map")
 def _(
     feats0: Sequence[Tensor], feats1: Sequence[Tensor], weights: Sequence[Tensor], eps: float
@@ -173,6 +184,56 @@ for _name, _formula in (("distance", composed.distance), ("distance_map", _compo
 without_derivative("tap_backward")
 
 
+def gradient_of_map(grad: Tensor, position_weights: Tensor) -> Tensor:
+    """The gradient to a layer's map (N, 1, H, W) from that to its masked distance, (N,).
+
+    Weights of 1 give the numbers that the backward of ``distance`` uses, to the bit: on the CPU it
+    divides by the number of positions in float64, on CUDA in the accumulator's dtype.
+    """
+    share = 1.0 / (position_weights.shape[2] * position_weights.shape[3])
+    wide = grad.double() if grad.device.type == "cpu" else grad
+    return (wide * share).to(grad.dtype).view(-1, 1, 1, 1) * position_weights
+
+
+def _save_masked(ctx, inputs, output) -> None:
+    feats0, feats1, weights, position_weights, ctx.eps = inputs
+    ctx.layers = len(feats0)
+    ctx.save_for_backward(*feats0, *feats1, *weights, *position_weights)
+
+
+def _masked_backward(ctx, grad):
+    """By the backward of the map, which takes a gradient for every position."""
+    feats0, feats1, weights = _split(ctx.saved_tensors, ctx.layers)
+    position_weights = ctx.saved_tensors[3 * ctx.layers :]
+    asked = ctx.needs_input_grad[:4]
+    needs = [any(needed) for needed in asked[:3]]
+    columns = grad.unbind(dim=1)
+    results = [[None] * ctx.layers for _ in range(4)]
+    if any(needs):
+        grads = [gradient_of_map(g, p) for g, p in zip(columns, position_weights)]
+        found = iter(
+            torch.ops.lpips_fast.distance_map_backward(
+                grads, feats0, feats1, weights, ctx.eps, *needs
+            )
+        )
+        for group, needed in enumerate(needs):
+            computed = [next(found) for _ in feats0] if needed else [None] * ctx.layers
+            results[group] = [g if a else None for g, a in zip(computed, asked[group])]
+    if any(asked[3]):  # of a mask that learns
+        maps = torch.ops.lpips_fast.distance_map(feats0, feats1, weights, ctx.eps)
+        of_maps = [gradient_of_map(g, torch.ones_like(m)) * m for g, m in zip(columns, maps)]
+        results[3] = [
+            (g.sum(dim=0, keepdim=True) if len(p) < len(g) else g) if a else None
+            for g, p, a in zip(of_maps, position_weights, asked[3])
+        ]
+    return (*results, None)
+
+
+torch.library.register_autograd(
+    "lpips_fast::masked_distance", _masked_backward, setup_context=_save_masked
+)
+
+
 # ---------------------------------------------------------------------------------------- FLOPs
 
 
@@ -189,6 +250,17 @@ def _(
     eps: float,
 ) -> int:
     return _distance_flops(feats0)
+
+
+@flops("masked_distance")
+def _(
+    feats0: Sequence[torch.Size],
+    feats1: Sequence[torch.Size],
+    weights: Sequence[torch.Size],
+    position_weights: Sequence[torch.Size],
+    eps: float,
+) -> int:
+    return _distance_flops(feats0) + sum(2 * f[0] * f[2] * f[3] for f in feats0)
 
 
 @flops("distance_backward", "distance_map_backward")

@@ -103,6 +103,8 @@ class Plan:
 
 
 def _gib(count: float) -> str:
+    if count < 2**30 // 100:  # which would be 0.00
+        return f"{count / 2**20:.2f} MiB"
     return f"{count / 2**30:.2f} GiB"
 
 

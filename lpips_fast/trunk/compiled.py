@@ -73,7 +73,9 @@ def made_like(x: Tensor, parameters: Sequence[Tensor], layers: Sequence[Layer]) 
     left, made = iter(parameters), []
 
     def conv(x: Tensor, stride: int = 1, padding: int = 0) -> Tensor:
-        y = F.conv2d(x, next(left), next(left), stride, padding)
+        # As the kernels take them, which under autocast are given others.
+        weight, bias = next(left).to(x.dtype), next(left).to(x.dtype)
+        y = F.conv2d(x, weight, bias, stride, padding)
         return torch.empty_like(y, memory_format=torch.channels_last)
 
     for layer in layers:

@@ -369,16 +369,9 @@ def device_fault(device: torch.device, dtype: torch.dtype) -> str | None:
     return None if dtype in CPU_DTYPES else f"there are no kernels for {dtype} on this CPU"
 
 
-def _cpu_dtypes() -> frozenset[torch.dtype]:
-    if not torch.backends.mkldnn.is_available():
-        return frozenset()
-    mkldnn = torch.ops.mkldnn
-    served = {
-        torch.float32: True,
-        torch.bfloat16: mkldnn._is_mkldnn_bf16_supported(),
-        torch.float16: mkldnn._is_mkldnn_fp16_supported(),
-    }
-    return frozenset(dtype for dtype, is_served in served.items() if is_served)
-
-
-CPU_DTYPES = _cpu_dtypes()
+#: float64 is left to torch, and so is everything where torch has no oneDNN.
+CPU_DTYPES = (
+    {torch.float32, torch.bfloat16, torch.float16}
+    if torch.backends.mkldnn.is_available()
+    else set[torch.dtype]()
+)

@@ -141,11 +141,7 @@ class Trunk(nn.Module):
                     held = [slice_tap(by_hand, held, of_slice)]
             else:
                 called = True
-                if not held[0].is_meta and any(p.is_meta for p in block.parameters()):
-                    raise RuntimeError(
-                        f"slice{layer + 1} has weights on the meta device, which hold no numbers; "
-                        "load them (load_state_dict with assign=True) before the model is called"
-                    )
+                is_meta = held[0].is_meta
                 if isinstance(by_hand, Fault) and by_hand is not LEARNS:
                     # As in lpips, for whoever looks into a slice that was changed.
                     held = [held.pop().contiguous()]
@@ -154,6 +150,12 @@ class Trunk(nn.Module):
                     held = [_checkpoint(run, held.pop())]
                 else:
                     held = [run(held.pop())]
+                # Asked behind the call: a hook may bring the weights only then.
+                if held[0].is_meta and not is_meta:
+                    raise RuntimeError(
+                        f"slice{layer + 1} has weights on the meta device, which hold no numbers; "
+                        "load them (load_state_dict with assign=True) before the model is called"
+                    )
             if layer in wanted:
                 yield held[0]
 

@@ -94,7 +94,7 @@ def _receive(url: str, source: TrunkSource, file: BinaryIO, end: float, progress
         unit_scale=True,
         unit_divisor=1024,
         mininterval=0.5,
-        disable=not progress,
+        disable=None if progress else True,  # None: where standard error is no terminal
     )
     with bar:
         transfer.start()

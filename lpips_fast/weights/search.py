@@ -261,7 +261,7 @@ def _not_found(source: TrunkSource, reason: str) -> WeightsNotFoundError:
             f"the weights of the {source.net!r} trunk, {source.filename}, were not found, and "
             f"{reason}.\n"
             f"Fetch {source.url} ({source.download_mib:.0f} MiB) where there is a network, or run "
-            f"'lpips-fast weights pack FOLDER --net {source.net}' there, then do one of these:\n"
+            f"'lpips-fast weights pack -o FOLDER --net {source.net}' there, then do one of these:\n"
             f"  - pass its path: {by_path}\n"
             f"  - set {WEIGHTS_VARIABLE} to the folder that holds it\n"
             f"  - put it in torch's hub cache: {cache.checkpoint_path(source)}"

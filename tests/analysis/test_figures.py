@@ -198,7 +198,7 @@ class TestLayerContributions:
         (axes,) = figure.axes
         np.testing.assert_allclose([bar.get_width() for bar in axes.patches], parts.values[0])
         assert "a $1 image.png" in words_of(figure)
-        assert f"sum {parts.distances.item():.4g}" in words_of(figure)
+        assert f"sum {parts.distances.item():.8f}" in words_of(figure)
 
     def test_many_pairs(self) -> None:
         generator = torch.Generator()

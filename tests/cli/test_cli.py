@@ -126,7 +126,7 @@ def test_equal_images_have_distance_zero(run: Any, images: tuple[str, str]) -> N
 
 
 def test_json(run: Any, images: tuple[str, str]) -> None:
-    code, out, _ = run(*images, RANDOM, "--json", "--net", "squeeze", "--version", "0.0")
+    code, out, _ = run(*images, RANDOM, "--json", "--net", "squeeze", "--lpips-version", "0.0")
     assert code == 0
     report = json.loads(out)
     assert report["distance"] == pytest.approx(sum(report["layers"]), rel=1e-5)
@@ -358,14 +358,13 @@ def test_an_interrupt_ends_quietly(
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ([], "required: command"),
         (["one.png"], "required: B"),
         (["pair"], "required: A, B"),
         (["inof"], "invalid choice: 'inof'"),
         (["a.png", "b.png", "c.png"], "unrecognized arguments: c.png"),
         (["a.png", "b.png", "--net", "resnet"], "invalid choice: 'resnet'"),
-        (["a.png", "b.png", "--version", "0.2"], "invalid choice: '0.2'"),
-        (["a.png", "b.png", "--version"], "expected one argument"),
+        (["a.png", "b.png", "--lpips-version", "0.2"], "invalid choice: '0.2'"),
+        (["a.png", "b.png", "--lpips-version"], "expected one argument"),
         (["a.png", "b.png", "--alpha", "black"], "invalid choice: 'black'"),
         (["a.png", "b.png", "--device", "gpu"], "'gpu' is no device"),
         (["a.png", "b.png", "--map", "map.txt"], "'map.txt' does not end in .png"),
@@ -377,7 +376,7 @@ def test_an_interrupt_ends_quietly(
 def test_usage_errors(run: Any, arguments: list[str], message: str) -> None:
     code, out, err = run(*arguments)
     assert (code, out) == (2, "")
-    assert err.startswith("usage: lpips-fast")
+    assert err.startswith("lpips-fast: error: ") and err.count("\n") == 1
     assert message in err
 
 
@@ -397,9 +396,20 @@ def test_help_lists_every_command(run: Any) -> None:
         assert f"{name} {command.summary}" in out
 
 
-@pytest.mark.parametrize("option", ["--package-version", "--version"])
-def test_package_version(run: Any, option: str) -> None:
-    assert run(option) == (0, f"lpips-fast {lpips_fast.__version__}\n", "")
+def test_no_command_lists_the_commands_a_line_each(run: Any) -> None:
+    for arguments in ((), ("--quiet",), ("--debug",)):
+        code, out, err = run(*arguments)
+        assert (code, err) == (0, "")
+        lines = out.splitlines()
+        assert max(map(len, lines)) < 80
+        for name, command in cli.COMMANDS.items():
+            assert f"  {name:<9}  {command.summary}" in lines
+
+
+@pytest.mark.parametrize("command", [None, *cli.COMMANDS])
+def test_version_is_that_of_the_package_everywhere(run: Any, command: str | None) -> None:
+    arguments = ["--version"] if command is None else [command, "--version"]
+    assert run(*arguments) == (0, f"lpips-fast {lpips_fast.__version__}\n", "")
 
 
 def test_info(run: Any) -> None:

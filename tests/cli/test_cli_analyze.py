@@ -44,7 +44,7 @@ def _small_pictures(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_one_image(images: list[Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     out = tmp_path / "new"
     capsys.readouterr()
-    assert call("analyze", *images[:2], "--out", out, *OPTIONS) == 0
+    assert call("analyze", *images[:2], "-o", out, *OPTIONS) == 0
     words = capsys.readouterr().out
     assert sorted(path.name for path in out.iterdir()) == sorted(PICTURES)
     for name in PICTURES:
@@ -67,7 +67,7 @@ def test_several_images_as_json(
     call("pair", *images[:2], "--json", *OPTIONS, *SOME)
     pair = json.loads(capsys.readouterr().out)
     assert pair["normalization"] == "max"
-    options = ("--out", tmp_path, "--json", "--shared-scale", *OPTIONS, *SOME)
+    options = ("-o", tmp_path, "--json", "--shared-scale", *OPTIONS, *SOME)
     assert call("analyze", *images, *options) == 0
     report = json.loads(capsys.readouterr().out)
     assert "squeeze, version 0.1, normalization max, layers 1,3 only" in report["metric"]
@@ -99,11 +99,11 @@ def test_what_cannot_be_done(
     write_png(taken, np.zeros((40, 48, 3), np.uint8))
     before = taken.read_bytes()
     for arguments, message in (
-        ((*images[:2], "--out", images[0]), "is a file, expected a folder"),
-        ((*images[:2], "--out", tmp_path / "no" / "folder"), "its parent folder does not exist"),
-        ((images[0], small, "--out", tmp_path / "out"), "the images differ in size"),
-        ((images[0], tmp_path / "gone.png", "--out", tmp_path / "out"), "no such file"),
-        ((taken, images[1], "--out", tmp_path), f"would overwrite {taken}"),
+        ((*images[:2], "-o", images[0]), "is a file, expected a folder"),
+        ((*images[:2], "-o", tmp_path / "no" / "folder"), "its parent folder does not exist"),
+        ((images[0], small, "-o", tmp_path / "out"), "the images differ in size"),
+        ((images[0], tmp_path / "gone.png", "-o", tmp_path / "out"), "no such file"),
+        ((taken, images[1], "-o", tmp_path), f"would overwrite {taken}"),
     ):
         assert call("analyze", *arguments, *OPTIONS) == 1
         assert message in capsys.readouterr().err
@@ -114,7 +114,7 @@ def test_what_cannot_be_done(
         raise ImportError('drawing needs Matplotlib: pip install "lpips-fast[plots]"')
 
     monkeypatch.setattr(plots, "require_matplotlib", absent)
-    assert call("analyze", *images[:2], "--out", tmp_path / "out", *OPTIONS) == 1
+    assert call("analyze", *images[:2], "-o", tmp_path / "out", *OPTIONS) == 1
     assert "lpips-fast[plots]" in capsys.readouterr().err
 
 

@@ -104,7 +104,7 @@ def test_the_training_step_is_a_gradient_of_the_image() -> None:
     [
         (["--size", "20x400", "--net", "alex"], 1, "trunk alex needs images of 31 pixels or more"),
         (["--seconds", "0"], 1, "--seconds is 0.0, expected more than 0"),
-        (["--size", "256"], 2, "'256' is not a size such as 256x256"),
+        (["--size", "wide"], 2, "'wide' is not a size such as 256x256 or 256"),
         (["--batch", "none"], 2, "'none' is not a number from 1"),
     ],
 )

@@ -109,7 +109,7 @@ def test_weights_are_named_and_told_apart_by_a_digest(
 def test_distances_are_those_of_pair(
     folders: tuple[Path, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    options = (RANDOM, "--net", "squeeze", "--version", "0.0")
+    options = (RANDOM, "--net", "squeeze", "--lpips-version", "0.0")
     assert call("dirs", *folders, "-o", tmp_path / "out.csv", *options) == 0
     for row in rows_of(tmp_path / "out.csv")[::5]:
         name, distance, _ = row.split(",")

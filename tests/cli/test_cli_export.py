@@ -28,7 +28,7 @@ def folder(tmp_path):
 
 
 def run(capsys, *arguments) -> tuple[int, str, str]:
-    code = main(["export", *map(str, arguments)])
+    code = main(["export", "-o", *map(str, arguments)])
     done = capsys.readouterr()
     return code, done.out, done.err
 
@@ -109,9 +109,7 @@ def test_bad_input_is_told_in_one_sentence(capsys, tmp_path, monkeypatch, argume
     assert not list(tmp_path.glob("m.*"))
 
 
-@pytest.mark.parametrize(
-    "arguments", [["m.onnx", "--format", "tflite"], ["m.ts", "--size", "x"], []]
-)
+@pytest.mark.parametrize("arguments", [["m.onnx", "--format", "tflite"], ["m.ts", "--size", "x"]])
 def test_wrong_command_lines(capsys, arguments):
     with pytest.raises(SystemExit) as stopped:
         main(["export", *arguments])

@@ -30,7 +30,7 @@ def test_it_is_pair_with_a_map(
     images: tuple[Path, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     capsys.readouterr()
-    assert call("map", *images, tmp_path / "map.png", RANDOM) == 0
+    assert call("map", *images, "-o", tmp_path / "map.png", RANDOM) == 0
     out = capsys.readouterr().out
     assert out.startswith("Distance: ")
     assert f"map: {tmp_path / 'map.png'}, {tmp_path / 'map.npy'}" in out
@@ -47,7 +47,7 @@ def test_json(
 ) -> None:
     capsys.readouterr()
     options = ("--net", "squeeze", "--alpha", "refuse", "--json")
-    assert call("map", *images, tmp_path / "map.png", RANDOM, *options) == 0
+    assert call("map", *images, "-o", tmp_path / "map.png", RANDOM, *options) == 0
     report = json.loads(capsys.readouterr().out)
     assert (report["net"], report["alpha"]) == ("squeeze", "refuse")
     assert report["map"]["picture"] == str(tmp_path / "map.png")
@@ -64,5 +64,5 @@ def test_where_no_map_can_be_written(
     code: int,
     message: str,
 ) -> None:
-    assert call("map", *images, out, RANDOM) == code
+    assert call("map", *images, "-o", out, RANDOM) == code
     assert message in capsys.readouterr().err

@@ -132,7 +132,15 @@ class TestCommands:
     def test_a_map_of_some_layers(self, folders, run, tmp_path):
         pytest.importorskip("matplotlib", reason="matplotlib is not installed")
         images = [str(folder / "one.png") for folder in folders]
-        arguments = ("map", *images, str(tmp_path / "map.png"), "--random-trunk", "--layers", "1")
+        arguments = (
+            "map",
+            *images,
+            "-o",
+            str(tmp_path / "map.png"),
+            "--random-trunk",
+            "--layers",
+            "1",
+        )
         code, out, _ = run(*arguments, "--dtype", "float64")
         assert code == 0 and (tmp_path / "map.png").stat().st_size and "layer 1 only" in out
 

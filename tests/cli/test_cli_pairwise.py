@@ -273,7 +273,7 @@ def test_images_that_are_too_small(run: Any, tmp_path: Path) -> None:
 
 
 def test_memory_that_is_too_small(run: Any, folder: Path) -> None:
-    assert_failed(run(folder, RANDOM, "--memory-limit", "100K"), "memory_limit is", "at least")
+    assert_failed(run(folder, RANDOM, "--memory-limit", "100K"), "--memory-limit is", "at least")
 
 
 def test_where_nothing_can_be_written(run: Any, folder: Path, tmp_path: Path) -> None:

@@ -22,7 +22,7 @@ pytest.importorskip("matplotlib", reason="train draws a learning curve")
 
 # One process, few epochs: the work itself is tested elsewhere.
 QUICK = ("--random-trunk", "--workers", "0")
-TRAIN = (*QUICK, "--epochs", "2", "--decay-epochs", "1", "--batch-size", "4", "--no-curve")
+TRAIN = (*QUICK, "--epochs", "2", "--decay-epochs", "1", "--batch", "4", "--no-curve")
 
 
 @pytest.fixture
@@ -210,7 +210,7 @@ def test_evaluate_as_json(run: Any, bapps: Path) -> None:
         "subsets": [{"subset": "val/cnn", "judgements": 5, "score": jnd.score}],
         "mean": {"score": jnd.score},
     }
-    assert report["size"] == 64
+    assert report["resize"] == 64
 
 
 def test_evaluate_as_a_table(run: Any, bapps: Path) -> None:
@@ -278,7 +278,7 @@ def test_checkpoints_that_do_not_fit(
         ((), "nothing to evaluate on: give --2afc DIR, --jnd DIR, or both"),
         (("--jnd", "nowhere"), "nowhere is no folder"),
         (("--2afc", "BAPPS/jnd"), "holds judge/"),
-        (("--2afc", "BAPPS/2afc", "--batch-size", "0"), "--batch-size is 0"),
+        (("--2afc", "BAPPS/jnd", "--batch", "2"), "holds judge/"),
     ],
 )
 def test_what_evaluate_refuses(

@@ -148,14 +148,14 @@ def test_pack_and_verify(
 ) -> None:
     place(hub / FILENAME, official)
     folder = tmp_path / "packed"
-    assert call("weights", "pack", folder, "--net", "alex", "--net", NET) == 0
+    assert call("weights", "pack", "-o", folder, "--net", "alex", "--net", NET) == 0
     out, err = capsys.readouterr()
     assert out.count("the official weights") == 2 and err == ""
     assert out.endswith(f"LPIPS_FAST_WEIGHTS={folder}\n")
     files = report(capsys, "verify", folder, "--json")["files"]
     assert [file["net"] for file in files] == ["alex", NET]
     assert all(file["official"] for file in files)
-    assert report(capsys, "pack", folder, "--net", NET, "--json")["files"] == files[1:]
+    assert report(capsys, "pack", "-o", folder, "--net", NET, "--json")["files"] == files[1:]
 
     assert call("weights", "verify") == 0  # what the search finds
     assert capsys.readouterr().out.count("the official weights") == 2

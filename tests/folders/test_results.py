@@ -387,7 +387,7 @@ def test_an_edited_csv_is_refused_with_row_and_column(
         ({"values": ["much"]}, "line 2: 'values' are not 1 numbers as text, or null"),
         ({"values": ["0.5"]}, "line 2: 'values' are not 1 numbers as text, or null"),
         ({"values": []}, "line 2: 'values' are not 1 numbers as text, or null"),
-        ({"files": [None]}, "line 2: 'files' are not two"),
+        ({"files": [None]}, "line 2: 'files' are not two, or three"),
         ({"files": [["x", 1, ""], None]}, "line 2: a file is not its size, time and digest"),
     ],
 )

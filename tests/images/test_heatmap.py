@@ -111,8 +111,8 @@ def test_what_the_picture_says(tmp_path: Path) -> None:
     for part in (
         "cost $5 vs cost $6_a.png",
         "LPIPS alex, version 0.1",
-        "distance 0.7219",
-        "map mean 0.5, max 0.75",
+        "distance 0.72188100",
+        "map mean 0.500000, max 0.750000",
         "left.png",
         "right.png",
         "LPIPS distance per position",

@@ -220,6 +220,49 @@ def test_several_layers_of_both_orders(poisoned, generator):
     check_all(*(list(group) for group in zip(*layers)), generator)
 
 
+@pytest.mark.parametrize("order", ORDERS, ids=ORDER_NAMES)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_masked(poisoned, generator, dtype, order):
+    """Position weights, of all images and of each; ones leave every bit as it is."""
+    drawn = [make_features((2, c, 7, 5), dtype, order, generator) for c in (64, 33)]
+    a, b, w = (list(group) for group in zip(*drawn, strict=True))
+    p = [torch.rand(n, 1, 7, 5, generator=generator, device=DEVICE).to(w[0].dtype) for n in (1, 2)]
+    exact = [[t.double() for t in group] for group in (a, b, w, p)]
+    expected = composed.distance(*exact[:3], position_weights=exact[3])
+    magnitude = composed.distance(
+        exact[0], exact[1], [x.abs() for x in exact[2]], position_weights=exact[3]
+    )
+    value = functional.distance(a, b, w, position_weights=p)
+    error = DISTANCE_ERROR.get(dtype, 5e-6)
+    assert ((value - expected).abs() <= 4 * error * (magnitude + magnitude.sqrt()) + error**2).all()
+    results = []
+    for masking in ({}, {"position_weights": [torch.ones_like(x) for x in p]}):
+        leaves = [x.clone().requires_grad_() for x in a]
+        value = functional.distance(leaves, b, w, **masking)
+        results.append([value, *torch.autograd.grad(value.sum(), leaves)])
+    assert all(torch.equal(x, y) for x, y in zip(*results, strict=True))
+
+
+@pytest.mark.parametrize("net", ["alex", "squeeze"])
+def test_masks_of_images(net):
+    """Weights made by torch's operators on the device."""
+    model = lpips_fast.LPIPS(net=net, weights=trunk_weights(net), verbose=False)
+    a, b = image_pair(2, 67, 75, torch.float32, 0)
+    masks = [torch.rand(67, 75), torch.rand(2, 1, 67, 75) > 0.5, torch.ones(67, 75) * 0.3]
+    options = [{"mask_mode": mode} for mode in ("weighted", "fill")]
+    cases = list(itertools.product(masks, options))
+    with torch.no_grad():
+        expected = [model(a, b, mask=m, **how) for m, how in cases]
+        model.to(DEVICE)
+        a, b = a.to(DEVICE), b.to(DEVICE)
+        for (m, how), right in zip(cases, expected, strict=True):
+            torch.testing.assert_close(
+                model(a, b, mask=m.to(DEVICE), **how).cpu(), right, rtol=1e-3, atol=1e-6
+            )
+        with pytest.raises(ValueError, match="mask is empty for image 1"):
+            model(a, b, mask=torch.stack([masks[2], masks[2] * 0])[:, None].to(DEVICE))
+
+
 def test_agrees_with_the_cpu_kernels(generator):
     layers = [make_features((2, c, s, s), torch.float32, CHANNELS_LAST, generator) for c, s in ALEX]
     a, b, w = (list(group) for group in zip(*layers))

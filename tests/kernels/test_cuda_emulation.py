@@ -68,6 +68,10 @@ class UpstreamView(ctypes.Structure):
     _fields_ = [("data", ctypes.c_void_p), ("strides", ctypes.c_int64 * 3)]
 
 
+class PositionWeightView(ctypes.Structure):
+    _fields_ = [("data", ctypes.c_void_p), ("stride_n", ctypes.c_int64)]
+
+
 class LayerWork(ctypes.Structure):
     _fields_ = [
         ("layer", LayerView),
@@ -78,6 +82,7 @@ class LayerWork(ctypes.Structure):
         ("grad1", FeatureView),
         ("grad_weight", ctypes.c_void_p),
         ("deeper", FeatureView),
+        ("position_weight", PositionWeightView),
     ]
 
 
@@ -123,9 +128,13 @@ class Emulator(EmulatedLibrary):
         if self.launches < 0:
             raise ValueError(self.library.last_error().decode())
 
-    def distance(self, feats0, feats1, weights, eps=EPS) -> Tensor:
+    def distance(self, feats0, feats1, weights, eps=EPS, position_weights=()) -> Tensor:
         out = self.empty((feats0[0].shape[0], len(feats0)), weights[0].dtype)
-        self.run(AVERAGE, feats0[0].dtype, self.works(feats0, feats1, weights), eps, out)
+        works = self.works(feats0, feats1, weights)
+        for work, p in zip(works, position_weights):
+            stride = 0 if len(p) == 1 else p[0].numel()
+            work.position_weight = PositionWeightView(p.data_ptr(), stride)
+        self.run(AVERAGE, feats0[0].dtype, works, eps, out)
         return out
 
     def distance_map(self, feats0, feats1, weights, eps=EPS) -> list[Tensor]:
@@ -270,6 +279,22 @@ def check_all(emulator: Emulator, feats0, feats1, weights, seed: int) -> None:
     expected = averaged(*exact)
     magnitude = averaged(exact[0], exact[1], [w.abs() for w in exact[2]])
     assert bool(((distances - expected).abs() <= distance_bound(magnitude, dtype)).all())
+
+    generator = torch.Generator().manual_seed(seed + 1)
+    of_positions = []
+    for k, f in enumerate(feats0):
+        drawn = torch.rand((len(f) if k % 2 else 1, 1, *f.shape[2:]), generator=generator)
+        drawn = torch.where(drawn < 0.3, 0, 3 * drawn).to(weights[0].dtype)
+        of_positions.append(emulator.copy(drawn, in_front=bool(k % 3)))
+    masked = emulator.distance(feats0, feats1, weights, position_weights=of_positions)
+    exactly = [p.double() for p in of_positions]
+    expected = composed.distance(*exact, position_weights=exactly)
+    magnitude = composed.distance(
+        exact[0], exact[1], [w.abs() for w in exact[2]], position_weights=exactly
+    )
+    assert bool(((masked - expected).abs() <= 3 * distance_bound(magnitude, dtype)).all())
+    ones = [emulator.copy(torch.ones_like(p)) for p in of_positions]
+    assert torch.equal(emulator.distance(feats0, feats1, weights, position_weights=ones), distances)
 
     results = emulator.distance_map(feats0, feats1, weights)
     magnitudes = maps(exact[0], exact[1], [w.abs() for w in exact[2]])

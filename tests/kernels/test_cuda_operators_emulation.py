@@ -135,6 +135,28 @@ class TestDistance:
             check_device(distance.calls())
             assert_same(ours, getattr(torch.ops.lpips_fast, name)(*arguments))
 
+    def test_masked(self, distance, generator, dtype, order):
+        a, b, w = layers(dtype, generator, order, SHAPES)
+        of_positions = [
+            torch.rand(n, 1, *f.shape[2:], generator=generator).to(w[0].dtype)
+            for n, f in zip((2, 1, 2), a)
+        ]
+        of_positions[2] = of_positions[2].mT.contiguous().mT  # copied
+        arguments = (a, b, w, of_positions, EPS)
+        ours = distance.operators.masked_distance(*arguments)
+        check_device(distance.calls())
+        assert_same(ours, torch.ops.lpips_fast.masked_distance(*arguments))
+        ones = [torch.ones_like(p).contiguous() for p in of_positions]
+        plain = distance.operators.distance(a, b, w, EPS)
+        assert torch.equal(distance.operators.masked_distance(a, b, w, ones, EPS), plain)
+        # The gradient of its mean is that of the map, to the bit where all weights are 1.
+        grad = torch.rand(2, 3, generator=generator).to(w[0].dtype)
+        expected = distance.operators.distance_backward(grad, a, b, w, EPS, True, True, True)
+        share = [grad[:, k] * (1.0 / (f.shape[2] * f.shape[3])) for k, f in enumerate(a)]
+        grads = [s.view(-1, 1, 1, 1) * p for s, p in zip(share, ones)]
+        actual = distance.operators.distance_map_backward(grads, a, b, w, EPS, True, True, True)
+        assert all(torch.equal(x, y) for x, y in zip(actual, expected, strict=True))
+
     def test_backward(self, distance, generator, dtype, order):
         a, b, w = layers(dtype, generator, order, SHAPES)
         grad = torch.randn(2, len(a), generator=generator).to(w[0].dtype)

@@ -21,7 +21,7 @@ from lpips_fast import composed, functional
 OPS = torch.ops.lpips_fast
 WITHOUT_DERIVATIVE = [
     *("direct_pack", "direct_conv2d", "winograd_pack", "winograd_conv2d", "depth_to_space"),
-    *("fire", "fire_backward", "tap_backward"),
+    *("fire", "fire_backward", "tap_backward", "position_weights"),
 ]
 
 
@@ -42,7 +42,10 @@ def is_tensor(value: Any) -> bool:
 
 
 def with_gradients(arguments: list[Any]) -> list[Any]:
-    return tree_map_only(Tensor, lambda t: t.detach().requires_grad_(), arguments)
+    def leaf(t: Tensor) -> Tensor:
+        return t.detach().requires_grad_(t.is_floating_point())
+
+    return tree_map_only(Tensor, leaf, arguments)
 
 
 @pytest.mark.parametrize("name", CALLS)
@@ -96,8 +99,8 @@ class TestDerivatives:
         with pytest.raises(NotImplementedError, match="shift and scale"):
             y.sum().backward()
 
-    @pytest.mark.parametrize("spatial", [False, True], ids=["averaged", "map"])
-    def test_of_any_order(self, spatial):
+    @pytest.mark.parametrize("kind", ["averaged", "map", "masked"])
+    def test_of_any_order(self, kind):
         """Each of a feature that is made from another, too: partial derivatives are no totals."""
         torch.manual_seed(0)
         a, b, w = torch.randn(2, 5, 3, 2), torch.randn(2, 5, 3, 2), torch.rand(5)
@@ -107,8 +110,8 @@ class TestDerivatives:
             s = torch.tensor(0.3, dtype=torch.float64, requires_grad=True)
             first = a[0] * s + s**2
             second = first * b[0] + s
-            value = formula([first, second], [b[0], a[0] * s], [w[0] * s, w[0]])
-            value = (sum(m.sum() for m in value) if spatial else value).sum()
+            value = formula([first, second], [b[0], a[0] * s], [w[0] * s, w[0]], **masks(s))
+            value = (sum(m.sum() for m in value) if kind == "map" else value).sum()
             values = []
             for _ in range(4):
                 (value,) = torch.autograd.grad(value, s, create_graph=True)
@@ -118,8 +121,12 @@ class TestDerivatives:
         def maps(feats0, feats1, weights):
             return [composed.distance_map(*ts) for ts in zip(feats0, feats1, weights)]
 
-        ours = functional.distance_map if spatial else functional.distance
-        expected = derivatives(maps if spatial else composed.distance)
+        def masks(s: Tensor) -> dict[str, list[Tensor]]:
+            of_all, of_each = a[0][:1, :1].abs(), b[0][:, :1].abs()
+            return {"position_weights": [of_all + s, of_each * s]} if kind == "masked" else {}
+
+        ours = functional.distance_map if kind == "map" else functional.distance
+        expected = derivatives(maps if kind == "map" else composed.distance)
         for got, right in zip(derivatives(ours), expected, strict=True):
             torch.testing.assert_close(got, right, rtol=1e-9, atol=0)
 
@@ -168,6 +175,8 @@ class TestFlops:
         w, one = [torch.rand(5), torch.rand(9)], 6 * sum(f.numel() for f in a)
         assert self.count(lambda: OPS.distance(a, a, w, 1e-10)) == one
         assert self.count(lambda: OPS.distance_map(a, a, w, 1e-10)) == one
+        p = [torch.ones(1, 1, 4, 3), torch.ones(1, 1, 2, 2)]
+        assert self.count(lambda: OPS.masked_distance(a, a, w, p, 1e-10)) == one + 2 * 2 * 16
         grad, needs = torch.ones(2, 2), (True, True, False)
         assert self.count(lambda: OPS.distance_backward(grad, a, a, w, 1e-10, *needs)) == 2 * one
         x = a[0].contiguous(memory_format=torch.channels_last)

@@ -1,0 +1,147 @@
+"""Under torch.compile: ours and the unmodified lpips, each as it is and compiled.
+
+    python benchmarks/bench_compile.py
+
+``lpips`` is compiled in three ways: plain, channels-last, and under bfloat16 autocast. All calls of
+a row run in turn in one process; figures are medians. About a quarter of an hour on two cores, half
+of it for compiling.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import json
+from collections.abc import Callable
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+import machine
+import report
+import torch
+from contenders import build_other, build_ours, image_pair
+from timing import seconds_of
+from torch import nn
+
+CPU = torch.device("cpu")
+RESULTS = Path(__file__).resolve().parent / "results"
+NAMES = {"alex": "AlexNet", "squeeze": "SqueezeNet", "vgg": "VGG16"}
+SHAPES = {"alex": ((16, 64), (4, 256)), "squeeze": ((16, 64), (4, 256)), "vgg": ((8, 64), (1, 256))}
+#: The columns, in order: ours and theirs, and how.
+WAYS = ("ours", "ours, compiled", "lpips", "compiled", "channels-last", "bfloat16")
+
+
+def _calls(net: str, batch: int, size: int, half: bool) -> dict[tuple[str, str], Callable[[], Any]]:
+    """By way and mode; compiled when first called."""
+    image, target = image_pair(batch, size, size, CPU)
+    leaf = image.clone().requires_grad_()
+
+    def autocast(on: bool) -> contextlib.AbstractContextManager[Any]:
+        return torch.autocast("cpu", torch.bfloat16) if on else contextlib.nullcontext()
+
+    def both(way: str, model: Callable[..., Any], in_half: bool = False) -> None:
+        def forward() -> None:
+            with torch.no_grad(), autocast(in_half):
+                model(image, target)
+
+        def step() -> None:
+            with autocast(in_half):
+                loss = model(leaf, target).sum()
+            torch.autograd.grad(loss, leaf)
+
+        calls[way, "forward"], calls[way, "step"] = forward, step
+
+    def theirs() -> nn.Module:
+        build_other.cache_clear()  # each way compiles a model of its own
+        return build_other("lpips", net, CPU)
+
+    calls: dict[tuple[str, str], Callable[[], Any]] = {}
+    both("ours", build_ours(net, CPU), half)
+    both("ours, compiled", torch.compile(build_ours(net, CPU)), half)
+    if half:
+        both("lpips", theirs(), True)
+        both("bfloat16", torch.compile(theirs()), True)
+    else:
+        both("lpips", theirs())
+        both("compiled", torch.compile(theirs()))
+        both("channels-last", torch.compile(theirs().to(memory_format=torch.channels_last)))
+    return calls
+
+
+def measure(net: str, batch: int, size: int, half: bool, seconds: float) -> list[dict[str, Any]]:
+    """Two rows, forward and step."""
+    torch.compiler.reset()
+    calls = _calls(net, batch, size, half)
+    for call in calls.values():  # compiles
+        for _ in range(3):
+            call()
+    found: dict[tuple[str, str], list[float]] = {key: [] for key in calls}
+    spent = 0.0
+    while spent < seconds or min(map(len, found.values())) < 5:
+        for key, call in calls.items():
+            found[key].append(seconds_of(call, CPU))
+            spent += found[key][-1]
+    return [
+        {
+            "net": net,
+            "batch": batch,
+            "size": size,
+            "dtype": "bfloat16" if half else "float32",
+            "mode": mode,
+            "rounds": len(found["ours", mode]),
+            "seconds": {way: median(found[way, mode]) for way in WAYS if (way, mode) in found},
+        }
+        for mode in ("forward", "step")
+    ]
+
+
+def table(results: dict[str, Any]) -> str:
+    rows = []
+    for row in results["rows"]:
+        seconds = row["seconds"]
+        best = min(seconds[way] for way in WAYS[2:] if way in seconds)
+        rows.append(
+            [
+                f"{NAMES[row['net']]}, {row['batch']} of {row['size']}², {row['dtype']}, "
+                f"{row['mode']}",
+                *(report.milliseconds(seconds[w]) if w in seconds else "" for w in WAYS),
+                f"{seconds['ours, compiled'] / seconds['ours']:.2f}",
+                f"{best / seconds['ours, compiled']:.2f}×",
+            ]
+        )
+    heads = ["ours", "compiled", "`lpips`", "compiled", "and channels-last", "in bfloat16"]
+    heads = ["", *heads, "ours: compiled over plain", "ours compiled, times as fast as their best"]
+    lines = [
+        *report.head("Under torch.compile", results, ["torch", "lpips"]),
+        "Milliseconds, medians of calls in turn. *In bfloat16* is under autocast, of both.",
+        "",
+        report.table(heads, rows),
+    ]
+    return "\n".join(lines) + "\n"
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--nets", nargs="+", default=["alex", "squeeze", "vgg"])
+    parser.add_argument("--dtypes", nargs="+", default=["float32", "bfloat16"])
+    parser.add_argument("--seconds", type=float, default=12, help="for the calls of two rows")
+    parser.add_argument("--output", type=Path, default=RESULTS)
+    options = parser.parse_args()
+
+    results: dict[str, Any] = {**machine.this_run(), "rows": []}
+    options.output.mkdir(parents=True, exist_ok=True)
+    for net in options.nets:
+        for batch, size in SHAPES[net]:
+            for dtype in options.dtypes:
+                rows = measure(net, batch, size, dtype == "bfloat16", options.seconds)
+                results["rows"] += rows
+                for row in rows:
+                    print(row["net"], row["size"], row["dtype"], row["mode"], row["seconds"])
+                (options.output / "compile.json").write_text(json.dumps(results, indent=2) + "\n")
+                (options.output / "compile.md").write_text(table(results))
+    print(table(results))
+
+
+if __name__ == "__main__":
+    main()
