@@ -19,7 +19,7 @@ from pathlib import Path
 from statistics import median
 
 import torch
-from demo import RANDOM, add_arguments, find_trunk
+from demo import RANDOM, add_arguments, find_trunk, say_before
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from torch import Tensor, nn
@@ -139,6 +139,7 @@ def main() -> None:
     options = parser.parse_args()
     if options.steps < 1:
         parser.error(f"--steps must be at least 1, got {options.steps}")
+    say_before(f"{options.steps} steps, plain and compiled: 0.1 to 2 s each on two cores.")
     try:
         is_real = find_trunk(options.net, options.weights)
         images = photographs(options.images)
