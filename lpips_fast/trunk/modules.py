@@ -15,13 +15,20 @@ import torch
 import torch.utils.checkpoint
 from torch import Tensor, nn
 
-from . import legality, packing
+from . import compiled, legality, packing
 from .detached import call_detached
 from .layers import make_layer
 from .legality import LEARNS, FastSlice, Fault
 from .receptive_fields import receptive_fields
 from .slice_node import as_images, slice_tap
 from .table import IMAGE_CHANNELS, TRUNKS, trunk_spec
+
+
+def _holds_no_numbers(block: nn.Module) -> bool:
+    """Whether weights are on the meta device, and nobody brings them when a module is called."""
+    if not any(p.is_meta for p in block.parameters()):
+        return False
+    return not any(compiled.is_watched(module) for module in block.modules())
 
 
 class Trunk(nn.Module):
@@ -141,7 +148,11 @@ class Trunk(nn.Module):
                     held = [slice_tap(by_hand, held, of_slice)]
             else:
                 called = True
-                is_meta = held[0].is_meta
+                if not held[0].is_meta and _holds_no_numbers(block):
+                    raise RuntimeError(
+                        f"slice{layer + 1} has weights on the meta device, which hold no numbers; "
+                        "load them (load_state_dict with assign=True) before the model is called"
+                    )
                 if isinstance(by_hand, Fault) and by_hand is not LEARNS:
                     # As in lpips, for whoever looks into a slice that was changed.
                     held = [held.pop().contiguous()]
@@ -150,12 +161,6 @@ class Trunk(nn.Module):
                     held = [_checkpoint(run, held.pop())]
                 else:
                     held = [run(held.pop())]
-                # Asked behind the call: a hook may bring the weights only then.
-                if held[0].is_meta and not is_meta:
-                    raise RuntimeError(
-                        f"slice{layer + 1} has weights on the meta device, which hold no numbers; "
-                        "load them (load_state_dict with assign=True) before the model is called"
-                    )
             if layer in wanted:
                 yield held[0]
 
