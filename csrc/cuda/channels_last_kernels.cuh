@@ -71,8 +71,16 @@ struct ChannelSlice {
   }
 };
 
+// Blocks that a multiprocessor should hold, which bounds their registers: as many as come without
+// spills, by the table of scripts/check_cuda_compile.py. 0 leaves the number to the compiler.
+constexpr int channels_last_forward_blocks(int element_size, bool vectors) {
+  if (!vectors) return 2;
+  return element_size == 8 ? 3 : 4;
+}
+
 template <typename T, bool kVectors>
-__global__ void __launch_bounds__(kChannelsLastThreads, kVectors ? 4 : 2)
+__global__ void __launch_bounds__(kChannelsLastThreads,
+                                  channels_last_forward_blocks(sizeof(T), kVectors))
     channels_last_distance(const __grid_constant__ LayerTasks tasks) {
   using A = accumulator_t<T>;
   using Slice = ChannelSlice<T, kVectors>;
@@ -145,8 +153,7 @@ __global__ void __launch_bounds__(kChannelsLastThreads, kVectors ? 4 : 2)
         total / static_cast<A>(task.sums_divisor);
 }
 
-// Blocks that a multiprocessor should hold, which bounds their registers: as many as come without
-// spills, by the table of scripts/check_cuda_compile.py. 0 leaves the number to the compiler.
+// As channels_last_forward_blocks.
 constexpr int channels_last_backward_blocks(int element_size, bool vectors, bool weight_gradient,
                                             bool tap) {
   if (weight_gradient) return 1;
