@@ -30,7 +30,14 @@ from .comparison.scaling import ScalingLayer
 from .comparison.spatial import spatial_average, upsample
 from .compat import DSSIM, L2, BCERankingLoss, Dist2LogitLayer, FakeNet, print_network
 from .features import Features
-from .normalization import Normalization, check_normalization, normalize_tensor
+from .normalization import (
+    LEARNED,
+    LearnedNorm,
+    ModelNormalization,
+    check_model_normalization,
+    depends_on_batch,
+    normalize_tensor,
+)
 from .notices import RangeNotice
 from .trunk import Trunk, check_layers, minimum_size, tap_channels
 from .trunk.packing import forget
@@ -98,8 +105,11 @@ class LPIPS(nn.Module):
             out on a device that can say so, batches are halved anyway.
         checkpoint: keep only the taps for backward and recompute what lies between them.
         normalization: of the features before they are compared: ``'l2'``, which is LPIPS and has
-            the fused kernel, or ``'l1'``, ``'max'``, ``'std'``, ``'none'``, for experiments (see
-            :mod:`lpips_fast.normalization`). The published weights were learned with ``'l2'``.
+            the fused kernel, or ``'l1'``, ``'max'``, ``'std'``, ``'none'``, ``'layer'``,
+            ``'instance'``, ``'batch'``, for experiments (see :mod:`lpips_fast.normalization`). The
+            published weights were learned with ``'l2'``. ``'learned'`` is ``'l2'`` with a factor
+            and a shift on the norm, which learn with the linear weights
+            (:class:`lpips_fast.normalization.LearnedNorm`) and lie beside them in checkpoints.
         layers: indices of the layers to compare, for example ``(0, 1, 2)``; the trunk runs no
             further than the last of them, from images as small as that part can take. The result
             is the sum over these layers alone: a lower bound of LPIPS (its weights are not
@@ -144,7 +154,7 @@ class LPIPS(nn.Module):
         dtype: torch.dtype | None = None,
         max_batch: int | None = None,
         checkpoint: bool = False,
-        normalization: Normalization = "l2",
+        normalization: ModelNormalization = "l2",
         layers: Sequence[int] | None = None,
         frozen: bool = False,
     ) -> None:
@@ -158,7 +168,17 @@ class LPIPS(nn.Module):
                 "frozen=True keeps all weights, but pnet_tune=True lets the trunk learn; "
                 "pass one of the two"
             )
-        check_normalization(normalization)
+        check_model_normalization(normalization)
+        if normalization == LEARNED and not lpips:
+            raise ValueError(
+                "normalization='learned' learns beside the linear weights, and lpips=False has "
+                "none: pass one of the two"
+            )
+        if max_batch is not None and depends_on_batch(normalization):
+            raise ValueError(
+                f"normalization={normalization!r} takes a batch as a whole, which max_batch "
+                "divides: pass one of the two"
+            )
         trunk_name = "vgg" if net == "vgg16" else net
         # An unknown net is told before anything is printed or loaded.
         self._chosen_layers = None if layers is None else check_layers(trunk_name, layers)
@@ -202,6 +222,8 @@ class LPIPS(nn.Module):
             # The same modules again under `lins`, as in the original, whose checkpoints hold both.
             self.lins = nn.ModuleList(getattr(self, f"lin{k}") for k in range(self.L))
             self.register_load_state_dict_pre_hook(rename)
+            if normalization == LEARNED:
+                self.norms = nn.ModuleList(LearnedNorm(channels) for channels in self.chns)
             if pretrained:
                 load_linear_weights(self, model_path, lin_weights, verbose)
         if dtype is not None:

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from ..normalization import NORMALIZATIONS
+from ..normalization import LEARNED, NORMALIZATIONS, depends_on_batch
 from ..trunk.table import TRUNKS, check_layers, trunk_spec
 from ..weights import load_trunk_weights, locate_trunk_weights, lpips_state_dict, read_state_dict
 from . import argument_types
@@ -25,6 +25,10 @@ DTYPES = {
     "float16": torch.float16,
     "float64": torch.float64,
 }
+
+
+# Not those by which a pair's distance depends on what a command puts in a batch with it.
+_NORMALIZATIONS = (*(kind for kind in NORMALIZATIONS if not depends_on_batch(kind)), LEARNED)  # type: ignore[arg-type]
 
 
 def add_model_arguments(
@@ -59,9 +63,9 @@ def add_model_arguments(
     )
     parser.add_argument(
         "--normalization",
-        choices=tuple(NORMALIZATIONS),
+        choices=_NORMALIZATIONS,
         default="l2",
-        help="of the features, at every position over channels; LPIPS is l2 (default)",
+        help="of the features; LPIPS is l2 (default); learned: what train learned with it",
     )
     parser.add_argument(
         "--layers",

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
+from ..normalization import LEARNED
 from ..weights import WeightsError, load_lin_weights, lpips_state_dict, read_state_dict
 
 if TYPE_CHECKING:
@@ -37,9 +38,15 @@ def linear_weight(lin: NetLinLayer) -> Tensor:
 
 @torch.no_grad()
 def project_linear_weights(model: nn.Module) -> None:
-    """Takes the linear weights of an LPIPS model to the nearest that a distance allows, w >= 0."""
+    """Takes the linear weights of an LPIPS model to the nearest that a distance allows, w >= 0.
+
+    Shifts of a learned normalisation too.
+    """
     for lin in model.lins:  # type: ignore[union-attr]
         linear_weight(lin).clamp_(min=0)
+    if model.normalization == LEARNED:
+        for norm in model.norms:  # type: ignore[union-attr]
+            norm.project()
 
 
 def drops(lin: NetLinLayer) -> bool:
@@ -62,7 +69,8 @@ def load_linear_weights(
         verbose: print where they come from.
 
     Raises:
-        WeightsError: a layer's weights are missing, and would stay random without a word.
+        WeightsError: a layer's weights are missing, and would stay random without a word; or what
+            a normalisation learned is there and the model has another one, or is there in part.
     """
     net, version = model.net_name, model.version
     if model_path is not None:
@@ -76,6 +84,7 @@ def load_linear_weights(
         source = f"the linear weights of lpips {version}, packaged"
     if verbose:
         print(f"Loading model from: {source}")
+    _check_norms(model, state_dict, source)
     missing, _ = model.load_state_dict(state_dict, strict=False)
     # The same modules stand under two names; one of them is enough.
     without = [
@@ -87,6 +96,23 @@ def load_linear_weights(
         raise WeightsError(
             f"{source} holds no linear weights for trunk {net} "
             f"(missing {without[0]!r}); expected keys like 'lin0.model.1.weight'"
+        )
+
+
+def _check_norms(model: LPIPS, state_dict: dict[str, Tensor], source: str) -> None:
+    """Of a learned normalisation all is loaded, or nothing is there and it starts as l2."""
+    found = {key for key in state_dict if key.startswith("norms.")}
+    if not found:
+        return
+    if model.normalization != LEARNED:
+        raise WeightsError(
+            f"{source} holds weights that were learned with a normalisation of their own: load "
+            f"them with normalization={LEARNED!r}, not {model.normalization!r}"
+        )
+    absent = {f"norms.{key}" for key in model.norms.state_dict()} - found
+    if absent:
+        raise WeightsError(
+            f"{source} holds only a part of a learned normalisation: {min(absent)!r} is missing"
         )
 
 

@@ -35,7 +35,8 @@ _FEATURE = re.compile(
 )
 _LIN = re.compile(r"(?P<prefix>(?:.+?\.)??)(?:lin|lins\.)(?P<layer>\d+)\.model\.[01]\.weight")
 _SLICE = re.compile(r"(?P<prefix>(?:.+?\.)??)net\.slice\d+\..+")
-_OF_LPIPS = re.compile(r"(?:lin\d+|lins\.\d+|net|scaling_layer|features)\..+")
+_NORM = re.compile(r"(?P<prefix>(?:.+?\.)??)norms\.\d+\.(?:log_scale|shift)")
+_OF_LPIPS = re.compile(r"(?:lin\d+|lins\.\d+|norms\.\d+|net|scaling_layer|features)\..+")
 
 
 def trunk_features(state: object, net: str, origin: str) -> dict[str, Tensor]:
@@ -61,7 +62,8 @@ def trunk_and_linear_weights(
 ) -> tuple[dict[str, Tensor], dict[str, Tensor] | None]:
     """:func:`trunk_features`, and the linear weights that lie beside them, or ``None``.
 
-    The linear weights are named as those of :func:`lpips_fast.weights.load_lin_weights`.
+    The linear weights are named as those of :func:`lpips_fast.weights.load_lin_weights`; what a
+    learned normalisation learned with them is among them, ``norms.K.log_scale`` and so on.
     """
     flat = _flat(state, f"the {net!r} trunk", origin)
     prefix, features = _trunk_features(flat, net, origin)
@@ -266,6 +268,13 @@ def _linear_weights(
                 f"{origin} holds no linear weights of the {net!r} trunk: {name!r} {problem}"
             )
         result[name] = _plain(weights[name], name, origin)
+    for key, value in flat.items():
+        if (match := _NORM.fullmatch(key)) and match["prefix"] == prefix:
+            problem = _unfit(value, (1,))
+            if problem is not None:
+                raise WeightsError(f"{origin} cannot be loaded: {key!r} {problem}")
+            name = key.removeprefix(prefix)
+            result[name] = _plain(value, name, origin)
     return result
 
 
