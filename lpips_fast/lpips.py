@@ -21,7 +21,7 @@ from .comparison.arguments import (
 )
 from .comparison.calls import fast_path, like_of, prepare_call
 from .comparison.frozen import freeze, hide_weights
-from .comparison.linear import NetLinLayer, linear_weight, load_linear_weights
+from .comparison.linear import NetLinLayer, linear_weight, load_linear_weights, load_trunk
 from .comparison.linear import rename_linear_weights as rename
 from .comparison.masks import MaskMode
 from .comparison.negative_weights import NegativeWeightsNotice
@@ -41,7 +41,7 @@ from .normalization import (
 from .notices import RangeNotice
 from .trunk import Trunk, check_layers, minimum_size, tap_channels
 from .trunk.packing import forget
-from .weights import load_trunk_and_linear_weights
+from .weights import lpips_state_dict, read_state_dict
 
 if TYPE_CHECKING:
     from .pairs.sources import Images
@@ -91,7 +91,9 @@ class LPIPS(nn.Module):
         verbose: print what is set up.
         weights: where the trunk's weights come from: a file, a folder or a state dict. ``None``
             searches, and at last downloads (see :mod:`lpips_fast.weights`). Linear weights in the
-            same checkpoint are used too, unless ``model_path`` names others.
+            same checkpoint are used too, unless ``model_path`` names others. The trunk has the
+            widths of its checkpoint (:mod:`lpips_fast.compression` makes narrow ones), here and in
+            ``model_path``.
         reduction: ``'none'`` returns one distance an image, as the original does; ``'mean'`` and
             ``'sum'`` return one number, ready to be a loss.
         check_inputs: ``None`` looks at the values of the first call alone and warns once of a range
@@ -127,6 +129,7 @@ class LPIPS(nn.Module):
         layers: the layers that are compared, ascending.
         minimum_size: the smallest height and width of an image, in pixels.
         chns, L: channels and number of all the trunk's layers, compared or not.
+        net_name: of the trunk; ``alex:32,96,192,128,128`` where it is narrow.
 
     >>> model = LPIPS(net="alex", pnet_rand=True, verbose=False)
     >>> image = torch.rand(2, 3, 64, 64) * 2 - 1
@@ -179,11 +182,10 @@ class LPIPS(nn.Module):
                 f"normalization={normalization!r} takes a batch as a whole, which max_batch "
                 "divides: pass one of the two"
             )
-        trunk_name = "vgg" if net == "vgg16" else net
+        trunk_name: str = "vgg" if net == "vgg16" else net
         # An unknown net is told before anything is printed or loaded.
         self._chosen_layers = None if layers is None else check_layers(trunk_name, layers)
-        self.chns = tap_channels(trunk_name)
-        self.L = len(self.chns)
+        self.L = len(tap_channels(trunk_name))
         if verbose:
             print(
                 f"Setting up [{'LPIPS' if lpips else 'baseline'}] perceptual loss: "
@@ -204,7 +206,6 @@ class LPIPS(nn.Module):
         self.checkpoint = checkpoint
         self.normalization = normalization
         self.frozen = frozen
-        self.net_name = trunk_name
         self.minimum_size = minimum_size(trunk_name, self.layers)
         self.scaling_layer = ScalingLayer()
         self._range_notice = RangeNotice()
@@ -212,9 +213,14 @@ class LPIPS(nn.Module):
         if frozen:  # before others look at what is loaded
             hide_weights(self)
 
-        trunk_weights, lin_weights = (
-            (None, None) if pnet_rand else load_trunk_and_linear_weights(trunk_name, weights)
+        learned = None
+        if lpips and pretrained and model_path is not None:
+            learned = lpips_state_dict(read_state_dict(model_path), trunk_name, str(model_path))
+        trunk_weights, lin_weights, trunk_name = load_trunk(
+            trunk_name, weights, learned, is_random=pnet_rand
         )
+        self.net_name = trunk_name
+        self.chns = tap_channels(trunk_name)
         self.net = Trunk(trunk_name, trunk_weights, requires_grad=pnet_tune)
         if lpips:
             for k, channels in enumerate(self.chns):
@@ -225,7 +231,7 @@ class LPIPS(nn.Module):
             if normalization == LEARNED:
                 self.norms = nn.ModuleList(LearnedNorm(channels) for channels in self.chns)
             if pretrained:
-                load_linear_weights(self, model_path, lin_weights, verbose)
+                load_linear_weights(self, model_path, learned, lin_weights, verbose)
         if dtype is not None:
             self.net.to(dtype)
         if frozen:

@@ -23,8 +23,8 @@ def attention_map(
     """Activation-based attention: a layer's squared features, summed over channels.
 
     As a mask it makes positions count by what the trunk sees there, which the normalisation of
-    LPIPS takes away: ``model(reference, image, mask=attention_map(model, reference))``. The distance
-    is then no longer symmetric, since the mask is that of one of both.
+    LPIPS takes away: ``model(reference, image, mask=attention_map(model, reference))``. The
+    distance is then no longer symmetric, since the mask is that of one of both.
 
     Args:
         model: whose trunk looks.

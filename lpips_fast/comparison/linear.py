@@ -10,7 +10,8 @@ import torch
 from torch import Tensor, nn
 
 from ..normalization import LEARNED
-from ..weights import WeightsError, load_lin_weights, lpips_state_dict, read_state_dict
+from ..trunk import architecture, name_by_shapes
+from ..weights import WeightsError, load_lin_weights, load_trunk_and_linear_weights, narrow_name
 
 if TYPE_CHECKING:
     from ..lpips import LPIPS
@@ -55,16 +56,43 @@ def drops(lin: NetLinLayer) -> bool:
     return isinstance(dropout, nn.Dropout) and dropout.training and dropout.p > 0
 
 
+def load_trunk(
+    net: str, weights: Any, learned: dict[str, Tensor] | None, *, is_random: bool
+) -> tuple[dict[str, Tensor] | None, dict[str, Tensor] | None, str]:
+    """A trunk's weights, the linear ones beside them, and its name, which says its widths.
+
+    Args:
+        net: as it is asked for.
+        weights: where from; ``None`` searches.
+        learned: the state dict of a checkpoint that will be loaded and may hold a trunk too.
+        is_random: none are wanted.
+
+    Raises:
+        WeightsError: they are of other widths than asked for, or not to be had.
+    """
+    held = net if learned is None else narrow_name(learned, net)
+    if held != net:  # the checkpoint's own trunk, which alone fits it
+        return None, None, held
+    if is_random:
+        return None, None, net
+    trunk, linear = load_trunk_and_linear_weights(architecture(net), weights)
+    found = name_by_shapes(architecture(net), {name: w.shape for name, w in trunk.items()})
+    if net not in (found, architecture(net)):
+        raise WeightsError(f"the weights are of the trunk {found!r}, and {net!r} was asked for")
+    return trunk, linear, found
+
+
 def load_linear_weights(
     model: LPIPS,
     model_path: str | os.PathLike[str] | None,
+    learned: dict[str, Tensor] | None,
     beside_trunk: dict[str, Tensor] | None,
     verbose: bool,
 ) -> None:
     """Loads what was learned: from a file, from the trunk's checkpoint, or from the package.
 
     Args:
-        model_path: a file of linear weights, or a whole checkpoint.
+        model_path, learned: a file of linear weights, or a whole checkpoint, and what it holds.
         beside_trunk: linear weights that the trunk's checkpoint holds too.
         verbose: print where they come from.
 
@@ -73,8 +101,8 @@ def load_linear_weights(
             a normalisation learned is there and the model has another one, or is there in part.
     """
     net, version = model.net_name, model.version
-    if model_path is not None:
-        state_dict = lpips_state_dict(read_state_dict(model_path), net, str(model_path))
+    if model_path is not None and learned is not None:
+        state_dict = learned
         source = str(Path(model_path).resolve())
     elif beside_trunk is not None:
         state_dict = beside_trunk

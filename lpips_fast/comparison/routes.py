@@ -21,12 +21,12 @@ from ..composed import accumulator_dtype
 from ..features import Features
 from ..inputs import check_same_size, common_batch
 from ..normalization import LEARNED, Normalization, depends_on_batch
-from ..trunk import tap_shapes
+from ..trunk import tap_channels, tap_shapes
 from ..trunk.legality import FastSlice
 from ..trunk.receptive_fields import receptive_fields
 from ..trunk.slice_node import as_images, slice_tap
 from . import gradient_scaling
-from .calls import CHANNELS, Call, is_unwatched, like_of, prepare_call, run, size_of
+from .calls import Call, is_unwatched, like_of, prepare_call, run, size_of
 from .masks import Mask
 from .slice_distance import slice_distance
 from .spatial import spatial_average, upsample
@@ -276,7 +276,8 @@ def _slice_by_slice(
     model = call.model
     assert call.by_hand is not None
     layers = []
-    channels = [CHANNELS[model.net_name][k] for k in model.layers]
+    of_taps = tap_channels(model.net_name)
+    channels = [of_taps[k] for k in model.layers]
     weights = iter(channel_weights(call, x, model.layers, channels))
     keys = receptive_fields(call.by_hand[: len(targets)], as_images(x))
     of_positions: Iterator[Tensor | None] = itertools.repeat(None)

@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..trunk.table import feature_shapes, tap_channels, trunk_spec
+from ..trunk.table import feature_shapes, name_by_shapes, tap_channels, trunk_spec
 from .errors import WeightsError
 from .sources import TRUNK_SOURCES, listed
 
@@ -48,7 +48,8 @@ def trunk_features(state: object, net: str, origin: str) -> dict[str, Tensor]:
         origin: what the checkpoint is called in an error's message.
 
     Returns:
-        ``features.N.weight`` and ``features.N.bias``: fresh, contiguous, float32, on the CPU.
+        ``features.N.weight`` and ``features.N.bias``: fresh, contiguous, float32, on the CPU. Their
+        widths are those of the checkpoint: :func:`lpips_fast.trunk.name_by_shapes` names the trunk.
 
     Raises:
         WeightsError: they are missing, of another shape, no plain dense tensors, not finite, or
@@ -67,7 +68,21 @@ def trunk_and_linear_weights(
     """
     flat = _flat(state, f"the {net!r} trunk", origin)
     prefix, features = _trunk_features(flat, net, origin)
-    return features, _linear_weights(flat, net, origin, prefix)
+    narrow = name_by_shapes(net, {name: value.shape for name, value in features.items()})
+    return features, _linear_weights(flat, narrow, origin, prefix)
+
+
+def narrow_name(state: Mapping[str, Tensor], net: str) -> str:
+    """The name of the trunk in the state dict of an LPIPS module: a narrow one's, or ``net``.
+
+    Args:
+        state: of :func:`lpips_state_dict`.
+    """
+    shapes = {}
+    for key, value in state.items():
+        if match := _FEATURE.fullmatch(key):
+            shapes[f"features.{match['name']}"] = tuple(value.shape)
+    return name_by_shapes(net, shapes)
 
 
 def lpips_state_dict(checkpoint: object, net: str, origin: str) -> dict[str, Tensor]:
@@ -183,7 +198,8 @@ def _trunk_features(
             group[name] = value
 
     expected = feature_shapes(net)
-    whole = {p: g for p, g in groups.items() if _first_problem(g, expected) is None}
+    narrow = {prefix: _expected(group, net) for prefix, group in groups.items()}
+    whole = {p: g for p, g in groups.items() if _first_problem(g, narrow[p]) is None}
     if not whole:
         # Of several, the one that comes nearest is spoken of.
         nearest = max(groups.values(), key=lambda g: len(g.keys() & expected.keys()), default={})
@@ -193,6 +209,13 @@ def _trunk_features(
         )
     prefix = _the_one(whole, f"the {net!r} trunk", origin)
     return prefix, {name: _plain(whole[prefix][name], name, origin) for name in expected}
+
+
+def _expected(features: Mapping[str, Any], net: str) -> dict[str, tuple[int, ...]]:
+    """The shapes of the narrow trunk that weights are of; of the whole one, where of none."""
+    plain = {name: value for name, value in features.items() if _unfit(value, look=False) is None}
+    shapes = {name: tuple(value.shape) for name, value in plain.items()}
+    return feature_shapes(name_by_shapes(net, shapes))
 
 
 def _first_problem(
