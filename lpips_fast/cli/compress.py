@@ -14,12 +14,12 @@ import torch
 from ..compression import Triplets, agreement, distill, distorted_triplets, prune, time_ratio
 from ..compression.agreement import size_in_bytes
 from ..folders.pairing import list_images
-from ..images.reading import image_to_tensor
+from ..images.reading import read_image
 from ..weights.whole_files import appearing
 from . import argument_types
 from .command import Command, CommandError, add_json_argument, is_quiet, print_to
 from .device import to_device
-from .image_files import add_reading_arguments, read_pixels
+from .image_files import add_reading_arguments
 from .model import add_model_arguments, load_model, metric_name
 from .outputs import check_output
 
@@ -115,7 +115,8 @@ def _paths(options: argparse.Namespace) -> tuple[list[Path], list[Path]]:
 
 
 def _triplets(paths: list[Path], count: int, seed: int, options: argparse.Namespace) -> Triplets:
-    images = [image_to_tensor(read_pixels(path, options))[0] for path in paths]
+    how = {"alpha": options.alpha, "max_pixels": options.max_pixels}
+    images = [read_image(path, **how)[0] for path in paths]
     found = distorted_triplets(images, options.crop, count, seed=seed)
     return Triplets(*(to_device(x, options.device) for x in (found.ref, found.p0, found.p1)))
 
