@@ -15,6 +15,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import bench_compression
 import bench_export
 import bench_layers
 import bench_normalizations
@@ -114,6 +115,7 @@ PARTS = (
             ("judgements.md", "training", bench_training.table),
             ("analysis.md", "normalizations", bench_normalizations.markdown),
             ("choice.md", "layers", bench_layers.table),
+            ("compression.md", "compression", bench_compression.markdown),
             ("export.md", "export", bench_export.table),
         )
     ),
@@ -144,6 +146,8 @@ def main() -> None:
         print(f"written: {line}")
     for file in plots.draw(load(MACHINE), DOCS / "images" / "cpu").values():
         print(f"written: docs/images/{file}")
+    bench_compression.draw(load("compression"), DOCS / "images" / "compression.png")
+    print("written: docs/images/compression.png")
 
 
 if __name__ == "__main__":

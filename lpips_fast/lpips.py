@@ -39,7 +39,7 @@ from .normalization import (
     normalize_tensor,
 )
 from .notices import RangeNotice
-from .trunk import Trunk, check_layers, minimum_size, tap_channels
+from .trunk import Trunk, architecture, check_layers, minimum_size, tap_channels
 from .trunk.packing import forget
 from .weights import lpips_state_dict, read_state_dict
 
@@ -220,6 +220,8 @@ class LPIPS(nn.Module):
             trunk_name, weights, learned, is_random=pnet_rand
         )
         self.net_name = trunk_name
+        if verbose and trunk_name != architecture(trunk_name):
+            print(f"The trunk is a narrow one, and its distances are not LPIPS: {trunk_name}")
         self.chns = tap_channels(trunk_name)
         self.net = Trunk(trunk_name, trunk_weights, requires_grad=pnet_tune)
         if lpips:
@@ -470,10 +472,16 @@ class LPIPS(nn.Module):
             return self(features0, features1, retPerLayer)
         return self(features0, features1, retPerLayer, mask=mask)
 
+    @property
+    def _net_in_words(self) -> str:
+        """As it was asked for; a narrow trunk's name where it is one."""
+        is_narrow = self.net_name != architecture(self.net_name)
+        return self.net_name if is_narrow else self.pnet_type
+
     def extra_repr(self) -> str:
         """How the number is made, as part of ``repr(model)``."""
         return (
-            f"net={self.pnet_type!r}, version={self.version!r}, lpips={self.lpips}, "
+            f"net={self._net_in_words!r}, version={self.version!r}, lpips={self.lpips}, "
             f"normalization={self.normalization!r}"
             + (f", layers={self.layers}" if len(self.layers) < self.L else "")
         )

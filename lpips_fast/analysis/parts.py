@@ -55,7 +55,7 @@ def describe(model: LPIPS) -> str:
     dtype = model.dtype or model.scaling_layer.shift.dtype
     if dtype != torch.float32:
         other += f", {str(dtype).removeprefix('torch.')}"
-    return f"{trunk}{metric} {model.pnet_type}, version {model.version}{other}"
+    return f"{trunk}{metric} {model._net_in_words}, version {model.version}{other}"
 
 
 def layer_names(model: LPIPS) -> tuple[str, ...]:

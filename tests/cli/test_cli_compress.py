@@ -38,7 +38,8 @@ def test_it_writes_a_checkpoint(
     a, b = (folder / "0.png" for folder in folders)
     size = ("--resize", "40x40")
     assert call("pair", a, b, "--net", "squeeze", "--checkpoint", out, "--json", *size) == 0
-    by_checkpoint = capsys.readouterr().out
+    by_checkpoint, told = capsys.readouterr()
+    assert f"a narrow one, whose distances are not LPIPS: {model.net_name}" in told
     assert call("pair", a, b, "--net", "squeeze", "--weights", out, "--json", *size) == 0
     assert json.loads(capsys.readouterr().out)["distance"] == json.loads(by_checkpoint)["distance"]
     # As any checkpoint, it can be made lighter, and exported.

@@ -112,6 +112,7 @@ def test_checkpoints(name: str, tmp_path: Path) -> None:
         for other in loaded:
             assert other.net_name == name and other.chns == tap_channels(name)
             assert torch.equal(other(in0, in1), expected)
+            assert f"net={name!r}" in repr(other)
     features = {
         f"features.{key.split('.', 1)[1]}": value for key, value in model.net.state_dict().items()
     }
