@@ -195,7 +195,7 @@ def _one_batch(call: Call, in0: Tensor, in1: Tensor) -> list[Tensor]:
     """Both images in one batch, all taps together: the fewest calls."""
     split = [in0.shape[0], in1.shape[0]]
     # Not by tap.split(), which asks for __torch_function__ first.
-    pairs = [torch.split_with_sizes(tap, split) for tap in call.taps((in0, in1))]
+    pairs = [torch.split_with_sizes(tap, split) for tap in call.taps_at_once((in0, in1))]
     return compare(call, [a for a, _ in pairs], [b for _, b in pairs], size_of(in0))
 
 
@@ -339,7 +339,7 @@ def compare(
     distances = functional.distance(
         taps0, taps1, weights, normalization=normalization, position_weights=of_positions
     )
-    return [d.view(-1, 1, 1, 1) for d in distances.unbind(dim=1)]
+    return list(distances.view(-1, len(pairs), 1, 1, 1).unbind(dim=1))
 
 
 def _of_maps(
@@ -367,7 +367,12 @@ def channel_weights(
     dtype = accumulator_dtype(like.dtype)
     if not model.lpips:
         return [like.new_ones(count, dtype=dtype) for count in channels]
-    weights = [call.weights[k] if k in call.weights else model.layer_weight(k) for k in layers]
+    if call.lins is not None and not call.weights:
+        weights = [call.lins[k].view(-1) for k in layers]
+        if model.frozen and torch.is_grad_enabled():
+            weights = [weight.detach() for weight in weights]
+    else:
+        weights = [call.weights[k] if k in call.weights else model.layer_weight(k) for k in layers]
     return [weight if weight.dtype == dtype else weight.to(dtype) for weight in weights]
 
 

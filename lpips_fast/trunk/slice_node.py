@@ -11,12 +11,14 @@ from torch import Tensor
 from .. import kernels
 from . import compiled
 from .legality import FastSlice
-from .slices import input_gradient, plain, record, run, slice_layers
+from .slices import input_gradient, plain, record, run, run_all, slice_layers
 
 
 def as_images(x: Tensor) -> Tensor:
     """Images in the dtype that the slice runs in, which autocast may say, and channels-last."""
     dtype = kernels.autocast_dtype(x.device) or x.dtype
+    if x.dtype == dtype and x.is_contiguous(memory_format=torch.channels_last):
+        return x
     return x.to(dtype, memory_format=torch.channels_last)
 
 
@@ -38,6 +40,17 @@ def slice_tap(
         return _SliceTap.apply(images.pop(), fast, keys, *fast.parameters)
     layers = slice_layers(fast.net, fast.number)
     return run(layers, fast.parameters, images, fast.keep_nan)
+
+
+def taps_without_graph(slices: Sequence[FastSlice], held: list[Tensor]) -> list[Tensor]:
+    """The taps of slices behind each other, in fewer calls than slice by slice.
+
+    Args:
+        held: a list of one batch, whose memory goes back when used.
+    """
+    held[0] = as_images(held[0])
+    parts = [(slice_layers(s.net, s.number), s.parameters, s.keep_nan) for s in slices]
+    return run_all(parts, held)
 
 
 def is_transformed(*grads: Tensor | None) -> bool:

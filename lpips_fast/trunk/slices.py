@@ -78,6 +78,31 @@ def run(
     return x
 
 
+def run_all(
+    slices: Sequence[tuple[Sequence[Layer], Sequence[Tensor], bool]], held: list[Tensor]
+) -> list[Tensor]:
+    """:func:`run` of slices behind each other, all weights looked at in one call.
+
+    Args:
+        slices: of each its layers, its parameters, and whether to let NaN through.
+        held: one batch of images, channels-last.
+
+    Returns:
+        Their taps.
+    """
+    layers = [layer for of_slice, _, _ in slices for layer in of_slice]
+    parameters = [p for _, of_slice, _ in slices for p in of_slice]
+    x = held.pop()
+    taps = []
+    with torch.no_grad(), kernels.below_autograd():
+        convolutions = iter(_convolutions(layers, parameters, x))
+        for of_slice, _, keep_nan in slices:
+            for layer in of_slice:
+                x = _made(layer, next(convolutions), x, keep_nan)[-1]
+            taps.append(x)
+    return taps
+
+
 def record(
     layers: Sequence[Layer], parameters: Sequence[Tensor], x: Tensor, keep_nan: bool
 ) -> list[Tensor]:
