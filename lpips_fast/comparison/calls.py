@@ -68,7 +68,7 @@ class Call:
     mask: Mask | None = None
     flags: list[Tensor] | None = None
 
-    @functools.cached_property
+    @property
     def is_as_built(self) -> bool:
         """Whether all that the compared layers need runs by hand."""
         return (

@@ -65,7 +65,7 @@ def layer_distances(
         return _layers(call, in0, in1)
     if _scales_gradients(call, in0, in1):
         return _with_scaled_gradients(call, in0, in1)
-    batch = common_batch(len(in0), len(in1))
+    batch = common_batch(*(x.shape[0] if isinstance(x, Tensor) else len(x) for x in (in0, in1)))
     limit = model.max_batch or batch
     if batch <= limit or torch.is_grad_enabled():
         try:
@@ -323,6 +323,8 @@ def compare(
             )
             maps.append(run(model, model.lins[k], (normal0 - normal1) ** 2))
         return _of_maps(model, maps, of_positions, size)
+    if call.is_as_built and not model.spatial and model.normalization == "l2":
+        return _of_fitting_taps(call, taps0, taps1, layers, of_positions)
     weights = channel_weights(call, taps0[0], layers, [tap.shape[1] for tap in taps0])
     if not kernels.has_operators():
         maps = [
@@ -339,7 +341,31 @@ def compare(
     distances = functional.distance(
         taps0, taps1, weights, normalization=normalization, position_weights=of_positions
     )
-    return list(distances.view(-1, len(pairs), 1, 1, 1).unbind(dim=1))
+    return _layer_by_layer(distances)
+
+
+def _of_fitting_taps(
+    call: Call,
+    taps0: Sequence[Tensor],
+    taps1: Sequence[Tensor],
+    layers: Sequence[int],
+    of_positions: Sequence[Tensor] | None,
+) -> list[Tensor]:
+    """:func:`compare` of what a trunk as built made: nothing is left to be checked."""
+    if taps0[0].shape[0] != taps1[0].shape[0]:
+        pairs = [_broadcast(a, b) for a, b in zip(taps0, taps1)]
+        taps0, taps1 = [a for a, _ in pairs], [b for _, b in pairs]
+    channels = [CHANNELS[call.model.net_name][k] for k in layers]
+    weights = channel_weights(call, taps0[0], layers, channels)
+    distances = kernels.fused_distance(
+        list(taps0), list(taps1), weights, composed.EPS, of_positions
+    )
+    return _layer_by_layer(distances)
+
+
+def _layer_by_layer(distances: Tensor) -> list[Tensor]:
+    """(N, L) as the list of (N, 1, 1, 1)."""
+    return list(distances.view(-1, distances.shape[1], 1, 1, 1).unbind(dim=1))
 
 
 def _of_maps(

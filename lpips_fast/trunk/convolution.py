@@ -87,7 +87,9 @@ _WINOGRAD_DTYPES = {torch.float32} | _half_dtypes_without_amx()
 _WINOGRAD = kernels.has_wide_vectors() and os.environ.get("LPIPS_FAST_WINOGRAD", "1") != "0"
 
 
-def uses_winograd(conv: Convolution, channels: int, grid: Sequence[int], dtype: torch.dtype) -> bool:
+def uses_winograd(
+    conv: Convolution, channels: int, grid: Sequence[int], dtype: torch.dtype
+) -> bool:
     """Whether Winograd's algorithm convolves, forward or for the gradient.
 
     It does not depend on the batch, so that an image has the same bits in any.

@@ -11,7 +11,7 @@ from torch import Tensor
 from .. import kernels
 from . import compiled
 from .legality import FastSlice
-from .slices import input_gradient, plain, record, run, run_all, slice_layers
+from .slices import input_gradient, plain, record, run, slice_layers
 
 
 def as_images(x: Tensor) -> Tensor:
@@ -38,8 +38,7 @@ def slice_tap(
     images[0] = as_images(images[0])
     if torch.is_grad_enabled() and images[0].requires_grad:
         return _SliceTap.apply(images.pop(), fast, keys, *fast.parameters)
-    layers = slice_layers(fast.net, fast.number)
-    return run(layers, fast.parameters, images, fast.keep_nan)
+    return run([(slice_layers(fast.net, fast.number), fast.parameters, fast.keep_nan)], images)[0]
 
 
 def taps_without_graph(slices: Sequence[FastSlice], held: list[Tensor]) -> list[Tensor]:
@@ -50,7 +49,7 @@ def taps_without_graph(slices: Sequence[FastSlice], held: list[Tensor]) -> list[
     """
     held[0] = as_images(held[0])
     parts = [(slice_layers(s.net, s.number), s.parameters, s.keep_nan) for s in slices]
-    return run_all(parts, held)
+    return run(parts, held)
 
 
 def is_transformed(*grads: Tensor | None) -> bool:
