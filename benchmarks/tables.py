@@ -15,7 +15,9 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import bench_compile
 import bench_export
+import bench_host_cost
 import bench_layers
 import bench_normalizations
 import bench_pairwise
@@ -109,6 +111,8 @@ PARTS = (
     *(
         Part(DOCS / page, name, name, of_subject(table))
         for page, name, table in (
+            ("performance.md", "compile", bench_compile.table),
+            ("performance.md", "host_cost", bench_host_cost.table),
             ("performance.md", "resolutions", bench_resolutions.table),
             ("pairs.md", "pairwise", bench_pairwise.table),
             ("judgements.md", "training", bench_training.table),
