@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import bench_compile
+import bench_compression
 import bench_export
 import bench_host_cost
 import bench_layers
@@ -122,6 +123,7 @@ PARTS = (
             ("judgements.md", "training", bench_training.table),
             ("analysis.md", "normalizations", bench_normalizations.markdown),
             ("choice.md", "layers", bench_layers.table),
+            ("compression.md", "compression", bench_compression.markdown),
             ("export.md", "export", bench_export.table),
         )
     ),
@@ -152,6 +154,8 @@ def main() -> None:
         print(f"written: {line}")
     for file in plots.draw(load(MACHINE), DOCS / "images" / "cpu").values():
         print(f"written: docs/images/{file}")
+    bench_compression.draw(load("compression"), DOCS / "images" / "compression.png")
+    print("written: docs/images/compression.png")
 
 
 if __name__ == "__main__":
