@@ -8,6 +8,7 @@
 #include <pybind11/stl.h>
 
 #include <memory>
+#include <string>
 #include <utility>
 #include <vector>
 
@@ -25,6 +26,10 @@ inline bool are_equal(PyObject* a, PyObject* b) {
 }
 
 class ModuleCheck {
+  struct Groups {
+    PyObject *parameters = nullptr, *buffers = nullptr, *modules = nullptr;
+  };
+
  public:
   using Named = std::vector<std::pair<py::str, py::object>>;
 
@@ -39,7 +44,9 @@ class ModuleCheck {
         shapes_(std::move(shapes)),
         buffers_(std::move(buffers)),
         children_(std::move(children)),
-        parameter_kinds_(std::move(parameter_kinds)) {}
+        parameter_kinds_(std::move(parameter_kinds)) {
+    for (const py::str& key : keys_) entries_.push_back(entry(key));
+  }
 
   // found: receives the parameters, in order. False: perhaps not, ask in words.
   bool matches(PyObject* module, PyObject* found) const {
@@ -52,30 +59,57 @@ class ModuleCheck {
       return false;
     }
     if (PyDict_GET_SIZE(attributes) != Py_ssize_t(keys_.size())) return false;
-    for (const py::str& key : keys_) {
-      if (PyDict_GetItemWithError(attributes, key.ptr()) == nullptr) return false;
-    }
-    for (const auto& [key, value] : configuration_) {
-      if (!are_equal(PyDict_GetItemWithError(attributes, key.ptr()), value.ptr())) return false;
-    }
-    for (const py::str& key : hooks_) {
-      PyObject* hooks = PyDict_GetItemWithError(attributes, key.ptr());
-      if (!PyDict_Check(hooks) || PyDict_GET_SIZE(hooks) != 0) return false;
-    }
-    return have_parameters(attributes, found) && have_children(attributes, found);
+    Groups groups;
+    return have_attributes(attributes, groups) && have_parameters(groups, found) &&
+           have_children(groups, found);
   }
 
  private:
-  static PyObject* group(PyObject* attributes, const char* name) {
-    PyObject* found = PyDict_GetItemString(attributes, name);
-    // Another class may keep an order of its own.
-    return found != nullptr && PyDict_CheckExact(found) ? found : nullptr;
+  // What the value of an attribute is compared with.
+  struct Entry {
+    PyObject* key;
+    PyObject* value = nullptr;            // must be equal to it, or is not compared
+    bool hooks = false;                   // must be an empty dict
+    PyObject* Groups::* group = nullptr;  // is looked into
+  };
+
+  bool have_attributes(PyObject* attributes, Groups& groups) const {
+    // Attributes stand in the order in which they were set, by names that Python keeps once: a walk
+    // side by side finds nearly all without a lookup.
+    Py_ssize_t position = 0;
+    PyObject *key, *value;
+    for (const Entry& expected : entries_) {
+      if (!PyDict_Next(attributes, &position, &key, &value)) return false;
+      if (key != expected.key) {
+        value = PyDict_GetItemWithError(attributes, expected.key);
+        if (value == nullptr) return false;
+      }
+      if (expected.value != nullptr && !are_equal(value, expected.value)) return false;
+      if (expected.hooks && (!PyDict_Check(value) || PyDict_GET_SIZE(value) != 0)) return false;
+      if (expected.group != nullptr) {
+        // Another class may keep an order of its own.
+        if (!PyDict_CheckExact(value)) return false;
+        groups.*expected.group = value;
+      }
+    }
+    return groups.parameters != nullptr && groups.buffers != nullptr && groups.modules != nullptr;
   }
 
-  bool have_parameters(PyObject* attributes, PyObject* found) const {
-    PyObject* parameters = group(attributes, "_parameters");
-    PyObject* buffers = group(attributes, "_buffers");
-    if (parameters == nullptr || buffers == nullptr) return false;
+  Entry entry(const py::str& key) const {
+    Entry result{key.ptr()};
+    const std::string name = key;
+    if (name == "_parameters") result.group = &Groups::parameters;
+    if (name == "_buffers") result.group = &Groups::buffers;
+    if (name == "_modules") result.group = &Groups::modules;
+    for (const auto& [configured, value] : configuration_) {
+      if (key.equal(configured)) result.value = value.ptr();
+    }
+    for (const py::str& hooks : hooks_) result.hooks |= key.equal(hooks);
+    return result;
+  }
+
+  bool have_parameters(const Groups& groups, PyObject* found) const {
+    PyObject *parameters = groups.parameters, *buffers = groups.buffers;
     if (PyDict_GET_SIZE(parameters) != Py_ssize_t(shapes_.size())) return false;
     if (PyDict_GET_SIZE(buffers) != Py_ssize_t(buffers_.size())) return false;
     for (const py::str& key : buffers_) {
@@ -104,10 +138,9 @@ class ModuleCheck {
     return true;
   }
 
-  bool have_children(PyObject* attributes, PyObject* found) const {
-    PyObject* modules = group(attributes, "_modules");
-    if (modules == nullptr || PyDict_GET_SIZE(modules) != Py_ssize_t(children_.size()))
-      return false;
+  bool have_children(const Groups& groups, PyObject* found) const {
+    PyObject* modules = groups.modules;
+    if (PyDict_GET_SIZE(modules) != Py_ssize_t(children_.size())) return false;
     Py_ssize_t position = 0;
     PyObject *key, *module;
     for (const auto& [name, child] : children_) {
@@ -119,6 +152,7 @@ class ModuleCheck {
 
   py::type kind_;
   std::vector<py::str> keys_;
+  std::vector<Entry> entries_;  // of the keys, in their order
   Named configuration_;
   std::vector<py::str> hooks_;
   Named shapes_;

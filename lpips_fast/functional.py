@@ -156,13 +156,7 @@ def distance(
         position_weights = _per_position(feats0, position_weights)
     if not _is_fused(normalization, feats0):
         return composed.distance(feats0, feats1, per_layer, eps, normalization, position_weights)
-    if position_weights is not None:
-        with kernels.below_autograd(*feats0, *feats1, *per_layer, *position_weights):
-            return torch.ops.lpips_fast.masked_distance(
-                list(feats0), list(feats1), per_layer, position_weights, eps
-            )
-    with kernels.below_autograd(*feats0, *feats1, *per_layer):
-        return torch.ops.lpips_fast.distance(list(feats0), list(feats1), per_layer, eps)
+    return kernels.fused_distance(list(feats0), list(feats1), per_layer, eps, position_weights)
 
 
 def distance_map(

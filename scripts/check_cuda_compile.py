@@ -27,7 +27,8 @@ ARCHITECTURES = ["75", "80", "86", "89", "90", "100", "120"]
 SKIPPED = 77
 # The kernels of the trunks' own layers: registers a thread above which a block fewer fits.
 REGISTER_LIMITS = {
-    r"channels_last_distance<\w+, true>": 64,
+    r"channels_last_distance<(float|__half|__nv_bfloat16), true>": 64,
+    r"channels_last_distance<double, true>": 80,
     r"channels_last_backward<(float|__half|__nv_bfloat16), true, false, (true|false)>": 80,
     r"channels_first_distance<(float|__half|__nv_bfloat16), true>": 64,
     r"channels_first_backward<\w+, \w+, \w+>": 128,

@@ -136,16 +136,19 @@ def run_by_hand(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     found: list[str] = []
 
     def spy(function: Callable[..., Any]) -> Callable[..., Any]:
-        def noting(layers: Any, *arguments: Any) -> Any:
-            found.append(names[id(layers)])
-            return function(layers, *arguments)
+        def noting(first: Any, *arguments: Any) -> Any:
+            of_slices = (
+                [of_slice[0] for of_slice in first] if function is originals["run"] else [first]
+            )
+            found.extend(names[id(layers)] for layers in of_slices)
+            return function(first, *arguments)
 
         return noting
 
     # Wherever they were imported to.
     modules = [m for name, m in sys.modules.items() if name.startswith("lpips_fast.")]
-    for name in ("run", "record"):
-        original = getattr(slices, name)
+    originals = {name: getattr(slices, name) for name in ("run", "record")}
+    for name, original in originals.items():
         for module in modules:
             if getattr(module, name, None) is original:
                 monkeypatch.setattr(module, name, spy(original))

@@ -73,9 +73,11 @@ struct ChannelSlice {
 
 // Blocks that a multiprocessor should hold, which bounds their registers: as many as come without
 // spills, by the table of scripts/check_cuda_compile.py. 0 leaves the number to the compiler.
-constexpr int channels_last_forward_blocks(int element_size, bool vectors) {
-  if (!vectors) return 2;
-  return element_size == 8 ? 3 : 4;
+constexpr int channels_last_forward_blocks([[maybe_unused]] int element_size, bool vectors) {
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 1200
+  if (vectors && element_size == 8) return 3;
+#endif
+  return vectors ? 4 : 2;
 }
 
 template <typename T, bool kVectors>

@@ -32,6 +32,7 @@ from ..trunk.legality import (
     module_fault,
     own_fault,
 )
+from ..trunk.slice_node import taps_without_graph
 from ..trunk.table import IMAGE_CHANNELS
 from .linear import NetLinLayer, drops
 from .masks import Mask
@@ -51,6 +52,7 @@ class Call:
             may, whatever the modules are.
         scales: whether the scaling layer is as built, so that one kernel stands for it.
         linear: whether the linear layers are weights a channel, which the kernels take.
+        lins: the weights of the linear layers (1, C, 1, 1), where all are as built.
         weights: by layer, what stands for its linear weights in this call.
         mask: by which positions are weighted.
         flags: where :meth:`scaled` leaves those of the images; ``None``: it makes none.
@@ -61,6 +63,7 @@ class Call:
     by_hand: list[FastSlice | Fault] | None
     scales: bool
     linear: bool
+    lins: list[Tensor] | None = None
     weights: Mapping[int, Tensor] = field(default_factory=dict)
     mask: Mask | None = None
     flags: list[Tensor] | None = None
@@ -116,17 +119,30 @@ class Call:
     def taps(self, images: Sequence[Tensor]) -> Iterator[Tensor]:
         """The compared taps of batches of images one behind the other, layer by layer."""
         model = self.model
-        if _is_called_whole(model.net):
+        if self.by_hand is None and _is_called_whole(model.net):
             outputs = run(model, model.net, self.scaled(images))
             return iter([outputs[k] for k in model.layers])
         return model.net.taps(
             self.scaled(images), model.checkpoint, model.layers, self.by_hand, model.frozen
         )
 
+    def taps_at_once(self, images: Sequence[Tensor]) -> list[Tensor]:
+        """:meth:`taps` in fewer calls, where nobody wants memory back between them."""
+        needs_graph = torch.is_grad_enabled() and any(x.requires_grad for x in images)
+        if not self.is_as_built or needs_graph or kernels.is_compiling():
+            return list(self.taps(images))
+        layers = self.model.layers
+        slices = self.by_hand[: layers[-1] + 1]  # type: ignore[index]
+        taps = taps_without_graph(slices, [self.scaled(images)])  # type: ignore[arg-type]
+        return taps if len(layers) == len(taps) else [taps[k] for k in layers]
+
     def encode(self, image: Tensor) -> Features:
         """The compared taps of a batch of images, together."""
         return Features(
-            tuple(self.taps([image])), size_of(image), self.model.net_name, self.model.layers
+            tuple(self.taps_at_once([image])),
+            size_of(image),
+            self.model.net_name,
+            self.model.layers,
         )
 
     def trunk_learns(self) -> bool:
@@ -149,14 +165,19 @@ def prepare_call(model: LPIPS, images: Sequence[Tensor], unit_range: bool) -> Ca
         return _compiled_call(model, unit_range, like.device, dtype)
     by_hand = None
     fault = call_fault(images, like.device, dtype)
-    if fault is None and trunk_fault(model.net) is None:
-        by_hand = model.net.fast_slices(like.device, dtype, model.frozen)
+    net = model.net
+    if fault is None and trunk_fault(net) is None:
+        by_hand = net.fast_slices(like.device, dtype, model.frozen)
     scales = by_hand is not None and scaling_fault(model.scaling_layer) is None
     # Under transforms nothing is asked of the layers: they are called.
-    linear = kernels.has_operators() and (
-        _lins_fault(model) is None if fault is None else lins_fault(model) is None
-    )
-    return Call(model, unit_range, by_hand, scales, linear)
+    if fault is not None:
+        if not kernels.has_operators():
+            return Call(model, unit_range, by_hand, scales, linear=False)
+        if model.lpips and calls_fault() is not None:
+            return Call(model, unit_range, by_hand, scales, linear=False)
+    lins = _weights_as_built(model)
+    linear = lins is not None or _lins_fault(model) is None
+    return Call(model, unit_range, by_hand, scales, linear, lins)
 
 
 def _compiled_call(
@@ -286,13 +307,41 @@ def scaling_fault(layer: nn.Module) -> Fault | None:
     return None
 
 
-@functools.cache
-def _lin_template(channels: int, dropout: float | None) -> Template:
+def _lin_as_built(channels: int, dropout: float | None) -> NetLinLayer:
     with torch.device("meta"):
         lin = NetLinLayer(channels, use_dropout=dropout is not None)
     if dropout is not None:
         lin.model[0].p = dropout  # type: ignore[assignment]
-    return Template(lin)
+    return lin
+
+
+@functools.cache
+def _lin_template(channels: int, dropout: float | None) -> Template:
+    return Template(_lin_as_built(channels, dropout))
+
+
+def _weights_as_built(model: LPIPS) -> list[Tensor] | None:
+    """The weights of all linear layers, found in one comparison if all are as built."""
+    lins = model._modules.get("lins")
+    if type(lins) is not nn.ModuleList or not model.lpips or not _CLASSES[NetLinLayer].unchanged():
+        return None
+    rates = []
+    for lin in lins._modules.values():
+        dropout = _dropout(lin) if type(lin) is NetLinLayer else None
+        if dropout is not None and dropout.training and dropout.p:
+            return None
+        rates.append(None if dropout is None else dropout.p)
+    found: list[Tensor] = []
+    template = _lins_template(model.net_name, tuple(rates))
+    return found if template.check.matches(lins, found) else None
+
+
+@functools.cache
+def _lins_template(net: str, rates: tuple[float | None, ...]) -> Template:
+    lins = nn.ModuleList()
+    for channels, rate in zip(tap_channels(net), rates):
+        lins.append(_lin_as_built(channels, rate))
+    return Template(lins)
 
 
 def lin_fault(model: LPIPS, layer: int) -> Fault | None:

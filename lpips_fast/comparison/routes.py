@@ -66,7 +66,7 @@ def layer_distances(
         return _layers(call, in0, in1)
     if _scales_gradients(call, in0, in1):
         return _with_scaled_gradients(call, in0, in1)
-    batch = common_batch(len(in0), len(in1))
+    batch = common_batch(*(x.shape[0] if isinstance(x, Tensor) else len(x) for x in (in0, in1)))
     limit = model.max_batch or batch
     is_whole = torch.is_grad_enabled() or depends_on_batch(model.normalization)
     if batch <= limit or is_whole:
@@ -199,7 +199,7 @@ def _one_batch(call: Call, in0: Tensor, in1: Tensor) -> list[Tensor]:
     """Both images in one batch, all taps together: the fewest calls."""
     split = [in0.shape[0], in1.shape[0]]
     # Not by tap.split(), which asks for __torch_function__ first.
-    pairs = [torch.split_with_sizes(tap, split) for tap in call.taps((in0, in1))]
+    pairs = [torch.split_with_sizes(tap, split) for tap in call.taps_at_once((in0, in1))]
     return compare(call, [a for a, _ in pairs], [b for _, b in pairs], size_of(in0))
 
 
@@ -337,6 +337,8 @@ def compare(
             )
             maps.append(run(model, model.lins[k], (normal0 - normal1) ** 2))
         return _of_maps(model, maps, of_positions, size)
+    if call.is_as_built and not model.spatial and model.normalization == "l2":
+        return _of_fitting_taps(call, taps0, taps1, layers, of_positions)
     weights = channel_weights(call, taps0[0], layers, [tap.shape[1] for tap in taps0])
     if not kernels.has_operators():
         maps = [
@@ -352,7 +354,31 @@ def compare(
     distances = functional.distance(
         taps0, taps1, weights, normalization=normalization, position_weights=of_positions
     )
-    return [d.view(-1, 1, 1, 1) for d in distances.unbind(dim=1)]
+    return _layer_by_layer(distances)
+
+
+def _of_fitting_taps(
+    call: Call,
+    taps0: Sequence[Tensor],
+    taps1: Sequence[Tensor],
+    layers: Sequence[int],
+    of_positions: Sequence[Tensor] | None,
+) -> list[Tensor]:
+    """:func:`compare` of what a trunk as built made: nothing is left to be checked."""
+    if taps0[0].shape[0] != taps1[0].shape[0]:
+        pairs = [_broadcast(a, b) for a, b in zip(taps0, taps1)]
+        taps0, taps1 = [a for a, _ in pairs], [b for _, b in pairs]
+    of_trunk = tap_channels(call.model.net_name)
+    weights = channel_weights(call, taps0[0], layers, [of_trunk[k] for k in layers])
+    distances = kernels.fused_distance(
+        list(taps0), list(taps1), weights, composed.EPS, of_positions
+    )
+    return _layer_by_layer(distances)
+
+
+def _layer_by_layer(distances: Tensor) -> list[Tensor]:
+    """(N, L) as the list of (N, 1, 1, 1)."""
+    return list(distances.view(-1, distances.shape[1], 1, 1, 1).unbind(dim=1))
 
 
 def _of_maps(
@@ -380,7 +406,12 @@ def channel_weights(
     dtype = accumulator_dtype(like.dtype)
     if not model.lpips:
         return [like.new_ones(count, dtype=dtype) for count in channels]
-    weights = [call.weights[k] if k in call.weights else model.layer_weight(k) for k in layers]
+    if call.lins is not None and not call.weights:
+        weights = [call.lins[k].view(-1) for k in layers]
+        if model.frozen and torch.is_grad_enabled():
+            weights = [weight.detach() for weight in weights]
+    else:
+        weights = [call.weights[k] if k in call.weights else model.layer_weight(k) for k in layers]
     return [weight if weight.dtype == dtype else weight.to(dtype) for weight in weights]
 
 

@@ -118,7 +118,7 @@ class _ScaledPair(torch.autograd.Function):
         ctx.set_materialize_grads(False)
         ctx.save_for_backward(scale / 2 if unit_range else scale)
         ctx.dtype = images.dtype
-        return both[: len(images)], both, flags
+        return both.narrow(0, 0, images.shape[0]), both, flags
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor | None, *_: Any) -> tuple[Tensor | None, ...]:  # type: ignore[override]

@@ -91,7 +91,11 @@ class _SliceDistance(torch.autograd.Function):
         if isinstance(target, list):
             of_both = record(layers, parameters, target.pop(), fast.keep_nan)
             target.append(of_both[-1])
-            made, target = [m[: len(x)] for m in of_both], of_both[-1][len(x) :]
+            # Not by slices or len(), which ask for __torch_function__ first.
+            halves = [x.shape[0], of_both[-1].shape[0] - x.shape[0]]
+            made = [torch.split_with_sizes(m, halves)[0] for m in of_both[:-1]]
+            tap, target = torch.split_with_sizes(of_both[-1], halves)
+            made.append(tap)
         else:
             made = record(layers, parameters, x, fast.keep_nan)
         ctx.set_materialize_grads(False)

@@ -27,6 +27,7 @@ from .dispatch import (
     is_eager,
     is_out_of_memory,
 )
+from .distance import fused_distance
 from .libraries import LOADED_LIBRARIES
 
 __all__ = [
@@ -40,6 +41,7 @@ __all__ = [
     "convolution",
     "distance",
     "fire",
+    "fused_distance",
     "has_kernel",
     "has_operators",
     "has_tangents",

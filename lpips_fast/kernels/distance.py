@@ -11,7 +11,31 @@ import torch
 from torch import Tensor
 
 from .. import composed
+from .dispatch import below_autograd
 from .registration import fake_kernel, flops, without_derivative
+
+
+def fused_distance(
+    feats0: list[Tensor],
+    feats1: list[Tensor],
+    weights: list[Tensor],
+    eps: float,
+    position_weights: Sequence[Tensor] | None = None,
+) -> Tensor:
+    """The operator of the distance, or of the masked one: (N, L), in the fewest calls.
+
+    Args:
+        feats0, feats1: features a layer, all that the operator takes.
+        weights: (C_l,) in the accumulator's dtype.
+        position_weights: (N or 1, 1, H_l, W_l), in the same.
+    """
+    if position_weights is not None:
+        with below_autograd(*feats0, *feats1, *weights, *position_weights):
+            return torch.ops.lpips_fast.masked_distance(
+                feats0, feats1, weights, list(position_weights), eps
+            )
+    with below_autograd(*feats0, *feats1, *weights):
+        return torch.ops.lpips_fast.distance(feats0, feats1, weights, eps)
 
 
 def _empty_distance(feats: Sequence[Tensor]) -> Tensor:

@@ -33,7 +33,7 @@ _LIBRARY.define(
 
 
 def _slice_tap(x: Tensor, parameters: Sequence[Tensor], net: str, number: int) -> Tensor:
-    return run(slice_layers(net, number), parameters, [_as_images(x)], number == 1)
+    return run([(slice_layers(net, number), parameters, number == 1)], [_as_images(x)])[0]
 
 
 def _slice_record(

@@ -19,7 +19,7 @@ On CUDA it is cuDNN's fused call (:mod:`lpips_fast.trunk.cuda_convolution`).
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Hashable
+from collections.abc import Callable, Hashable, Sequence
 from typing import NamedTuple
 
 import torch
@@ -87,7 +87,9 @@ _WINOGRAD_DTYPES = {torch.float32} | _half_dtypes_without_amx()
 _WINOGRAD = kernels.has_wide_vectors() and os.environ.get("LPIPS_FAST_WINOGRAD", "1") != "0"
 
 
-def uses_winograd(conv: Convolution, channels: int, grid: torch.Size, dtype: torch.dtype) -> bool:
+def uses_winograd(
+    conv: Convolution, channels: int, grid: Sequence[int], dtype: torch.dtype
+) -> bool:
     """Whether Winograd's algorithm convolves, forward or for the gradient.
 
     It does not depend on the batch, so that an image has the same bits in any.
@@ -127,7 +129,8 @@ def convolve(conv: Convolution, x: Tensor, keep_nan: bool = False) -> Tensor:
         keep_nan: of no meaning here: on CUDA letting NaN through takes longer.
     """
     kernel, stride, padding = conv.kernel, conv.stride, conv.padding
-    grid = torch.Size((size + 2 * padding - kernel) // stride + 1 for size in x.shape[2:])
+    _, _, height, width = x.shape
+    grid = [(size + 2 * padding - kernel) // stride + 1 for size in (height, width)]
     if uses_winograd(conv, conv.in_channels * stride**2, grid, x.dtype):
         packed, bias = packed_kernel(conv, winograd=True), _as(conv.bias, torch.float32)
         return torch.ops.lpips_fast.winograd_conv2d(

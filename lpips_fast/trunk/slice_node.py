@@ -17,6 +17,8 @@ from .slices import input_gradient, plain, record, run, slice_layers
 def as_images(x: Tensor) -> Tensor:
     """Images in the dtype that the slice runs in, which autocast may say, and channels-last."""
     dtype = kernels.autocast_dtype(x.device) or x.dtype
+    if x.dtype == dtype and x.is_contiguous(memory_format=torch.channels_last):
+        return x
     return x.to(dtype, memory_format=torch.channels_last)
 
 
@@ -36,8 +38,18 @@ def slice_tap(
     images[0] = as_images(images[0])
     if torch.is_grad_enabled() and images[0].requires_grad:
         return _SliceTap.apply(images.pop(), fast, keys, *fast.parameters)
-    layers = slice_layers(fast.net, fast.number)
-    return run(layers, fast.parameters, images, fast.keep_nan)
+    return run([(slice_layers(fast.net, fast.number), fast.parameters, fast.keep_nan)], images)[0]
+
+
+def taps_without_graph(slices: Sequence[FastSlice], held: list[Tensor]) -> list[Tensor]:
+    """The taps of slices behind each other, in fewer calls than slice by slice.
+
+    Args:
+        held: a list of one batch, whose memory goes back when used.
+    """
+    held[0] = as_images(held[0])
+    parts = [(slice_layers(s.net, s.number), s.parameters, s.keep_nan) for s in slices]
+    return run(parts, held)
 
 
 def is_transformed(*grads: Tensor | None) -> bool:

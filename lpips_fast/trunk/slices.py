@@ -64,27 +64,34 @@ def plain(layers: Sequence[Layer], parameters: Sequence[Tensor], x: Tensor) -> T
 
 
 def run(
-    layers: Sequence[Layer], parameters: Sequence[Tensor], held: list[Tensor], keep_nan: bool
-) -> Tensor:
-    """The tap, from images that are taken out of a list: their memory goes back when used.
+    slices: Sequence[tuple[Sequence[Layer], Sequence[Tensor], bool]], held: list[Tensor]
+) -> list[Tensor]:
+    """The taps of slices behind each other, all of whose weights are looked at in one call.
 
     Args:
-        layers: of :func:`slice_layers`.
-        parameters: weight and bias of every convolution, in order.
-        held: one batch of images, channels-last.
-        keep_nan: let NaN through, so that a NaN in an image reaches the distance by its tap.
+        slices: of each the layers (:func:`slice_layers`); weight and bias of every convolution, in
+            order; and whether to let NaN through, so that a NaN in an image reaches the distance by
+            its tap.
+        held: one batch of images, channels-last, taken out of the list: their memory goes back when
+            they were used.
     """
+    layers = [layer for of_slice, _, _ in slices for layer in of_slice]
+    parameters = [p for _, of_slice, _ in slices for p in of_slice]
     x = held.pop()
+    taps = []
     with torch.no_grad(), kernels.below_autograd():
-        for layer, convolutions in zip(layers, _convolutions(layers, parameters, x)):
-            x = _made(layer, convolutions, x, keep_nan)[-1]
-    return x
+        convolutions = iter(_convolutions(layers, parameters, x))
+        for of_slice, _, keep_nan in slices:
+            for layer in of_slice:
+                x = _made(layer, next(convolutions), x, keep_nan)[-1]
+            taps.append(x)
+    return taps
 
 
 def record(
     layers: Sequence[Layer], parameters: Sequence[Tensor], x: Tensor, keep_nan: bool
 ) -> list[Tensor]:
-    """:func:`run`, and what every layer made, the tap last: what :func:`input_gradient` needs."""
+    """What every layer of a slice made, the tap last, which :func:`input_gradient` needs."""
     made: list[Tensor] = []
     with torch.no_grad(), kernels.below_autograd():
         for layer, convolutions in zip(layers, _convolutions(layers, parameters, x)):

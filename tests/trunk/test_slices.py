@@ -51,7 +51,7 @@ class TestAgainstFloat64:
         assert error(y, exactly(fast, x)) < 6e-6
         assert not y.requires_grad and y.is_contiguous(memory_format=torch.channels_last)
         held = [x]
-        assert torch.equal(run(layers, fast.parameters, held, fast.keep_nan), y)
+        assert torch.equal(run([(layers, fast.parameters, fast.keep_nan)], held)[0], y)
         assert held == [], "the memory of the images goes back"
         assert torch.equal(record(layers, fast.parameters, x, fast.keep_nan)[-1], y)
 
