@@ -5,7 +5,7 @@
 
 Fitted on some of scikit-image's photographs and judged on others, by crops of 64² with distortions
 of random kinds and strengths. Agreement is with the whole metric of the same trunk, not with
-people. Times are of one pair over the whole metric's, the medians of calls in turn. Beside what
+people. Times are of one pair over the whole metric's, the fastest of calls in turn. Beside what
 :mod:`lpips_fast.compression` offers stand fewer layers, and ways that it does not offer for they do
 not pay: single weights set to 0, 3x3 convolutions in two parts, and channels chosen by their
 weights' size.
