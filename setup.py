@@ -6,7 +6,8 @@ Environment:
     TORCH_CUDA_ARCH_LIST  the GPUs to build for, as in torch ("8.0;9.0+PTX"); default: see below.
     LPIPS_FAST_SANITIZE   1: with AddressSanitizer and UndefinedBehaviorSanitizer, for this
                           machine's instruction set alone (scripts/sanitize.py).
-    CUDA_HOME             the CUDA toolkit; default: the one of nvcc on the PATH.
+    CUDA_HOME             the CUDA toolkit; default: the one of nvcc on the PATH, or else of the
+                          packages that the extra cuda-build installs.
     CXX                   the C++ compiler; default: c++.
     CPPFLAGS, CXXFLAGS, LDFLAGS   further flags of the C++ libraries, as "-g".
     MAX_JOBS              compilers to run at once; default: one a core.
@@ -14,11 +15,9 @@ Environment:
 
 from __future__ import annotations
 
-import ctypes
 import json
 import os
 import platform
-import re
 import shlex
 import shutil
 import subprocess
@@ -57,11 +56,19 @@ except ImportError:
 ROOT = Path(__file__).resolve().parent
 sys.path.insert(0, str(ROOT))  # a build of pyproject.toml runs this file from elsewhere
 import ninja_build  # noqa: E402
+from cuda_toolkit import (  # noqa: E402
+    architectures,
+    cuda_home,
+    driver_version,
+    gencode_flags,
+    nvcc_output,
+    nvcc_version,
+    version_faults,
+)
 
 sys.path.remove(str(ROOT))
 
 MINIMUM_TORCH = (2, 10)
-DEFAULT_ARCHITECTURES = ["7.5", "8.0", "8.6", "8.9", "9.0", "10.0", "12.0"]
 CUDA_SOURCES = sorted(str(path.relative_to(ROOT)) for path in (ROOT / "csrc/cuda").glob("*.cu"))
 
 # at::vec is chosen at compile time, so the CPU kernels are built once per capability that torch
@@ -93,22 +100,6 @@ def torch_version() -> tuple[int, int]:
     return int(major), int(minor)
 
 
-def cuda_home() -> Path | None:
-    """The toolkit's root: nvcc on the PATH may be a wrapper that runs the real one elsewhere."""
-    for name in ("CUDA_HOME", "CUDA_PATH"):
-        if os.environ.get(name):
-            return Path(os.environ[name])
-    nvcc = shutil.which("nvcc")
-    if nvcc is not None:
-        run = subprocess.run(
-            [nvcc, "--dryrun", "-x", "cu", "-c", os.devnull], capture_output=True, text=True
-        )
-        for line in run.stderr.splitlines():
-            if line.startswith("#$ TOP="):
-                return Path(line.removeprefix("#$ TOP=").strip()).resolve()
-    return None
-
-
 def cuda_decision() -> tuple[Path | None, str]:
     """The toolkit to build the CUDA kernels with, or None; and the reason in words."""
     wish = os.environ.get("LPIPS_FAST_CUDA", "")
@@ -118,9 +109,11 @@ def cuda_decision() -> tuple[Path | None, str]:
         return None, "LPIPS_FAST_CUDA=0"
     home = cuda_home()
     if home is None or not (home / "bin" / "nvcc").exists():
-        where = "no nvcc on the PATH and no CUDA_HOME" if home is None else f"no nvcc in {home}/bin"
+        where = f"no nvcc in {home}/bin"
+        if home is None:
+            where = "no nvcc: no CUDA_HOME, none on the PATH, and none of the extra cuda-build"
         if wish == "1":
-            sys.exit(f"LPIPS_FAST_CUDA=1 asks for the CUDA kernels, but there is {where}")
+            sys.exit(f"LPIPS_FAST_CUDA=1 asks for the CUDA kernels, and there is {where}")
         return None, where
     if wish == "1":
         return home, f"LPIPS_FAST_CUDA=1, toolkit {home}"
@@ -131,79 +124,6 @@ def cuda_decision() -> tuple[Path | None, str]:
             "(LPIPS_FAST_CUDA=1 builds the kernels all the same)",
         )
     return home, f"torch {torch.__version__} has CUDA {torch.version.cuda}, toolkit {home}"
-
-
-def nvcc_output(home: Path, option: str) -> str:
-    run = subprocess.run([home / "bin" / "nvcc", option], capture_output=True, text=True)
-    return run.stdout
-
-
-def nvcc_version(home: Path) -> str:
-    found = re.search(r"release (\d+\.\d+)", nvcc_output(home, "--version"))
-    if found is None:
-        sys.exit(f"{home}/bin/nvcc --version does not say which release it is")
-    return found[1]
-
-
-def driver_version() -> tuple[int, int] | None:
-    """The CUDA version that this machine's driver supports, or None where there is no driver."""
-    try:
-        library = ctypes.CDLL("libcuda.so.1")
-        version = ctypes.c_int()
-        if library.cuDriverGetVersion(ctypes.byref(version)) != 0:
-            return None
-    except (OSError, AttributeError):
-        return None
-    return version.value // 1000, version.value % 1000 // 10
-
-
-def version_faults(nvcc: str, torch_cuda: str | None, driver: tuple[int, int] | None) -> list[str]:
-    """What will not run of kernels that this nvcc builds, a sentence each."""
-    major, faults = int(nvcc.split(".")[0]), []
-    if torch_cuda is not None and int(torch_cuda.split(".")[0]) < major:
-        faults.append(
-            f"the CUDA kernels are built by nvcc {nvcc} and will run only where the driver "
-            f"supports CUDA {major}, while this torch (CUDA {torch_cuda}) runs with older ones: "
-            "there distances take torch's own operators; a toolkit of torch's version avoids that"
-        )
-    if driver is not None and driver[0] < major:
-        faults.append(
-            f"this machine's driver supports CUDA {driver[0]}.{driver[1]} and will not run the "
-            f"kernels that nvcc {nvcc} builds: update it, or build with an older toolkit"
-        )
-    return faults
-
-
-def architectures(home: Path) -> str:
-    """TORCH_CUDA_ARCH_LIST, or of the default what this nvcc can build for."""
-    listed = re.findall(r"compute_(\d+)", nvcc_output(home, "--list-gpu-arch"))
-    known = {f"{number[:-1]}.{number[-1]}" for number in listed}
-    wish = os.environ.get("TORCH_CUDA_ARCH_LIST")
-    if not wish:
-        found = [arch for arch in DEFAULT_ARCHITECTURES if arch in known or not known]
-        return ";".join(found) + "+PTX"
-    names = wish.replace(" ", ";").split(";")
-    unknown = [n for n in names if known and n.removesuffix("+PTX").rstrip("af") not in known]
-    if unknown:
-        sys.exit(
-            f"TORCH_CUDA_ARCH_LIST names {', '.join(unknown)}, for which nvcc {nvcc_version(home)} "
-            f"does not build; it knows {', '.join(sorted(known, key=float))}"
-        )
-    return wish
-
-
-def gencode_flags(arch_list: str) -> list[str]:
-    flags = []
-    for arch in arch_list.replace(" ", ";").split(";"):
-        number = arch.removesuffix("+PTX").replace(".", "")
-        if not number.rstrip("af").isdigit():
-            sys.exit(
-                f"TORCH_CUDA_ARCH_LIST: cannot read {arch!r}; expected numbers like 8.0;9.0+PTX"
-            )
-        flags.append(f"-gencode=arch=compute_{number},code=sm_{number}")
-        if arch.endswith("+PTX"):
-            flags.append(f"-gencode=arch=compute_{number},code=compute_{number}")
-    return flags
 
 
 class Library(Extension):
@@ -321,7 +241,10 @@ def cpp_library(
             *(*flags, *sanitizer, *environment_flags("CPPFLAGS", "CXXFLAGS")),
         ],
         [*compiler, *shared, *machine, *sanitizer, *environment_flags("LDFLAGS")],
-        [*(f"-L{path}" for path in cpp_extension.library_paths()), "-lc10", "-ltorch_cpu"],
+        [
+            *(f"-L{path}" for path in cpp_extension.library_paths()),
+            *("-lc10", "-ltorch_cpu", *([] if is_mac else ["-ldl"])),  # glibc before 2.34
+        ],
         tools_of(compiler_version(compiler)),
         flags_of,
     )

@@ -30,7 +30,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
 REPOSITORY = Path(__file__).resolve().parents[1]
-BUILD_FILES = ("setup.py", "ninja_build.py")
+BUILD_FILES = ("setup.py", "ninja_build.py", "cuda_toolkit.py")
 SLICE = 460  # seconds; a machine that ends a command after ten minutes is left some of them
 MORE_TO_DO, NO_DEVICE = 75, 77
 PYTHON = sys.executable
