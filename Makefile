@@ -6,7 +6,7 @@
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
-SOURCES := setup.py pyproject.toml $(shell find csrc -type f)
+SOURCES := setup.py ninja_build.py pyproject.toml $(shell find csrc -type f)
 
 .PHONY: demo test lint docs sanitize cuda-compile gpu-check parity bench clean
 

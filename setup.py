@@ -6,17 +6,19 @@ Environment:
     TORCH_CUDA_ARCH_LIST  the GPUs to build for, as in torch ("8.0;9.0+PTX"); default: see below.
     LPIPS_FAST_SANITIZE   1: with AddressSanitizer and UndefinedBehaviorSanitizer, for this
                           machine's instruction set alone (scripts/sanitize.py).
-    CUDA_HOME             the CUDA toolkit; default: the one of nvcc on the PATH.
-    MAX_JOBS              compilers to run at once.
+    CUDA_HOME             the CUDA toolkit; default: the one of nvcc on the PATH, or else of the
+                          packages that the extra cuda-build installs.
+    CXX                   the C++ compiler; default: c++.
+    CPPFLAGS, CXXFLAGS, LDFLAGS   further flags of the C++ libraries, as "-g".
+    MAX_JOBS              compilers to run at once; default: one a core.
 """
 
 from __future__ import annotations
 
-import ctypes
 import json
 import os
 import platform
-import re
+import shlex
 import shutil
 import subprocess
 import sys
@@ -50,9 +52,22 @@ except ImportError:
         return cpp_extension.include_paths()[0]
 
 
-ROOT = Path(__file__).parent
+ROOT = Path(__file__).resolve().parent
+sys.path.insert(0, str(ROOT))  # a build of pyproject.toml runs this file from elsewhere
+import ninja_build  # noqa: E402
+from cuda_toolkit import (  # noqa: E402
+    architectures,
+    cuda_home,
+    driver_version,
+    gencode_flags,
+    nvcc_output,
+    nvcc_version,
+    version_faults,
+)
+
+sys.path.remove(str(ROOT))
+
 MINIMUM_TORCH = (2, 10)
-DEFAULT_ARCHITECTURES = ["7.5", "8.0", "8.6", "8.9", "9.0", "10.0", "12.0"]
 CUDA_SOURCES = sorted(str(path.relative_to(ROOT)) for path in (ROOT / "csrc/cuda").glob("*.cu"))
 
 # at::vec is chosen at compile time, so the CPU kernels are built once per capability that torch
@@ -61,7 +76,10 @@ X86_CAPABILITIES = {
     "avx2": "-mavx2 -mfma -mf16c",
     "avx512": "-mavx512f -mavx512bw -mavx512vl -mavx512dq -mfma -mf16c",
 }
-CXX_FLAGS = ["-O3", "-std=c++20", "-fvisibility=hidden", "-Wall", "-Wextra", "-Wno-psabi"]
+CXX_FLAGS = [
+    *("-O3", "-std=c++20", "-fPIC", "-fvisibility=hidden", "-DNDEBUG", "-fwrapv"),
+    *("-Wall", "-Wextra", "-Wno-psabi"),
+]
 # Spurious in GCC's own AVX512 headers: https://gcc.gnu.org/bugzilla/show_bug.cgi?id=105593
 GCC_FLAGS = ["-Wno-maybe-uninitialized", "-Wno-uninitialized"]
 SANITIZE = os.environ.get("LPIPS_FAST_SANITIZE") == "1"
@@ -73,28 +91,12 @@ SANITIZER_FLAGS = [
 PREFIX_MAPS = [
     f"-fmacro-prefix-map={folder}/=" for folder in (*cpp_extension.include_paths(), str(ROOT))
 ]
-NVCC_FLAGS = ["-O3", "-std=c++20", "-Xcompiler=-fvisibility=hidden,-Wall", "--threads=2"]
+NVCC_FLAGS = ["-O3", "-std=c++20", "-Xcompiler=-fPIC,-fvisibility=hidden,-Wall"]
 
 
 def torch_version() -> tuple[int, int]:
     major, minor = torch.__version__.split("+")[0].split(".")[:2]
     return int(major), int(minor)
-
-
-def cuda_home() -> Path | None:
-    """The toolkit's root: nvcc on the PATH may be a wrapper that runs the real one elsewhere."""
-    for name in ("CUDA_HOME", "CUDA_PATH"):
-        if os.environ.get(name):
-            return Path(os.environ[name])
-    nvcc = shutil.which("nvcc")
-    if nvcc is not None:
-        run = subprocess.run(
-            [nvcc, "--dryrun", "-x", "cu", "-c", os.devnull], capture_output=True, text=True
-        )
-        for line in run.stderr.splitlines():
-            if line.startswith("#$ TOP="):
-                return Path(line.removeprefix("#$ TOP=").strip()).resolve()
-    return None
 
 
 def cuda_decision() -> tuple[Path | None, str]:
@@ -106,9 +108,11 @@ def cuda_decision() -> tuple[Path | None, str]:
         return None, "LPIPS_FAST_CUDA=0"
     home = cuda_home()
     if home is None or not (home / "bin" / "nvcc").exists():
-        where = "no nvcc on the PATH and no CUDA_HOME" if home is None else f"no nvcc in {home}/bin"
+        where = f"no nvcc in {home}/bin"
+        if home is None:
+            where = "no nvcc: no CUDA_HOME, none on the PATH, and none of the extra cuda-build"
         if wish == "1":
-            sys.exit(f"LPIPS_FAST_CUDA=1 asks for the CUDA kernels, but there is {where}")
+            sys.exit(f"LPIPS_FAST_CUDA=1 asks for the CUDA kernels, and there is {where}")
         return None, where
     if wish == "1":
         return home, f"LPIPS_FAST_CUDA=1, toolkit {home}"
@@ -121,172 +125,153 @@ def cuda_decision() -> tuple[Path | None, str]:
     return home, f"torch {torch.__version__} has CUDA {torch.version.cuda}, toolkit {home}"
 
 
-def nvcc_output(home: Path, option: str) -> str:
-    run = subprocess.run([home / "bin" / "nvcc", option], capture_output=True, text=True)
-    return run.stdout
+class Library(Extension):
+    """One compiled library: how its sources are compiled, and how it is linked."""
 
-
-def nvcc_version(home: Path) -> str:
-    found = re.search(r"release (\d+\.\d+)", nvcc_output(home, "--version"))
-    if found is None:
-        sys.exit(f"{home}/bin/nvcc --version does not say which release it is")
-    return found[1]
-
-
-def driver_version() -> tuple[int, int] | None:
-    """The CUDA version that this machine's driver supports, or None where there is no driver."""
-    try:
-        library = ctypes.CDLL("libcuda.so.1")
-        version = ctypes.c_int()
-        if library.cuDriverGetVersion(ctypes.byref(version)) != 0:
-            return None
-    except (OSError, AttributeError):
-        return None
-    return version.value // 1000, version.value % 1000 // 10
-
-
-def version_faults(nvcc: str, torch_cuda: str | None, driver: tuple[int, int] | None) -> list[str]:
-    """What will not run of kernels that this nvcc builds, a sentence each."""
-    major, faults = int(nvcc.split(".")[0]), []
-    if torch_cuda is not None and int(torch_cuda.split(".")[0]) < major:
-        faults.append(
-            f"the CUDA kernels are built by nvcc {nvcc} and will run only where the driver "
-            f"supports CUDA {major}, while this torch (CUDA {torch_cuda}) runs with older ones: "
-            "there distances take torch's own operators; a toolkit of torch's version avoids that"
-        )
-    if driver is not None and driver[0] < major:
-        faults.append(
-            f"this machine's driver supports CUDA {driver[0]}.{driver[1]} and will not run the "
-            f"kernels that nvcc {nvcc} builds: update it, or build with an older toolkit"
-        )
-    return faults
-
-
-def architectures(home: Path) -> str:
-    """TORCH_CUDA_ARCH_LIST, or of the default what this nvcc can build for."""
-    listed = re.findall(r"compute_(\d+)", nvcc_output(home, "--list-gpu-arch"))
-    known = {f"{number[:-1]}.{number[-1]}" for number in listed}
-    wish = os.environ.get("TORCH_CUDA_ARCH_LIST")
-    if not wish:
-        found = [arch for arch in DEFAULT_ARCHITECTURES if arch in known or not known]
-        return ";".join(found) + "+PTX"
-    names = wish.replace(" ", ";").split(";")
-    unknown = [n for n in names if known and n.removesuffix("+PTX").rstrip("af") not in known]
-    if unknown:
-        sys.exit(
-            f"TORCH_CUDA_ARCH_LIST names {', '.join(unknown)}, for which nvcc {nvcc_version(home)} "
-            f"does not build; it knows {', '.join(sorted(known, key=float))}"
-        )
-    return wish
-
-
-def gencode_flags(arch_list: str) -> list[str]:
-    flags = []
-    for arch in arch_list.replace(" ", ";").split(";"):
-        number = arch.removesuffix("+PTX").replace(".", "")
-        if not number.rstrip("af").isdigit():
-            sys.exit(
-                f"TORCH_CUDA_ARCH_LIST: cannot read {arch!r}; expected numbers like 8.0;9.0+PTX"
-            )
-        flags.append(f"-gencode=arch=compute_{number},code=sm_{number}")
-        if arch.endswith("+PTX"):
-            flags.append(f"-gencode=arch=compute_{number},code=compute_{number}")
-    return flags
-
-
-def compiler_version() -> str:
-    compiler = (os.environ.get("CXX") or sysconfig.get_config_var("CXX") or "c++").split()[0]
-    run = subprocess.run([compiler, "--version"], capture_output=True, text=True)
-    return run.stdout.splitlines()[0] if run.stdout else compiler
+    def __init__(
+        self,
+        name: str,
+        sources: list[str],
+        compile_command: list[str],
+        link_command: list[str],
+        libraries: list[str],
+        tools: str,
+        flags_of: dict[str, list[str]] | None = None,
+    ) -> None:
+        super().__init__(f"lpips_fast.kernels.{name}", sources)
+        self.compile_command = compile_command
+        self.link_command = link_command
+        self.link_libraries = libraries
+        self.tools = tools
+        self.flags_of = flags_of or {}
 
 
 class Build(cpp_extension.BuildExtension):
-    """Torch's build, with one object folder per extension, since some share their sources, and
-    with nvcc for the CUDA one without torch's demand for a CUDA build of torch."""
+    """Torch's build with all libraries as one graph of commands (ninja_build.py).
 
-    def build_extension(self, ext: Extension) -> None:
-        shared_folder = self.build_temp
-        self.build_temp = str(Path(shared_folder) / ext.name.split(".")[-1])
-        try:
-            if isinstance(ext, CUDALibrary):
-                self.build_cuda(ext)
-            else:
-                super().build_extension(ext)
-        finally:
-            self.build_temp = shared_folder
+    Torch's own compiles one library after the other, links them with libtorch_python, which is
+    outside the stable ABI, and refuses CUDA sources where torch has no CUDA. Objects stay in build/
+    also where setuptools builds in a temporary folder, as for an editable install.
+    """
 
-    def build_cuda(self, ext: CUDALibrary) -> None:
-        folder = Path(self.build_temp)
-        folder.mkdir(parents=True, exist_ok=True)
-        nvcc = str(ext.toolkit / "bin" / "nvcc")
-        includes = [f"-isystem={path}" for path in cpp_extension.include_paths()]
-        objects = []
-        for source in ext.cuda_sources:
-            target = str(folder / (Path(source).stem + ".o"))
-            self.spawn(
-                [
-                    nvcc,
-                    *NVCC_FLAGS,
-                    *(f"-Xcompiler={flag}" for flag in PREFIX_MAPS),
-                    *ext.gencode,
-                    "-DUSE_CUDA",
-                    "-Xcompiler=-fPIC",
-                    *includes,
-                    "-c",
-                    source,
-                    "-o",
-                    target,
-                ]
+    def build_extensions(self) -> None:
+        # Objects of another torch or Python are not overwritten: who goes back finds them.
+        kind = f"torch-{torch.__version__}-{sysconfig.get_config_var('SOABI')}"
+        folder = Path(self.get_finalized_command("build").build_base) / "objects" / kind
+        if self.force:
+            shutil.rmtree(folder, ignore_errors=True)
+        compilations, linkings = [], []
+        for library in self.extensions:
+            name = library.name.split(".")[-1]
+            tools = ninja_build.remember_tools(folder / name / "tools", library.tools)
+            objects = []
+            for source in library.sources:
+                target = str(folder / name / (Path(source).stem + ".o"))
+                command = [*library.compile_command, *library.flags_of.get(source, [])]
+                compilations.append(ninja_build.Compilation(command, source, target, tools))
+                objects.append(target)
+            linkings.append(
+                ninja_build.Linking(
+                    library.link_command,
+                    objects,
+                    library.link_libraries,
+                    str(folder / self.get_ext_filename(name)),
+                    tools,
+                )
             )
-            objects.append(target)
-        output = self.get_ext_fullpath(ext.name)
-        Path(output).parent.mkdir(parents=True, exist_ok=True)
-        libraries = [f"-L{path}" for path in cpp_extension.library_paths()]
-        # libtorch and libtorch_cpu hold the stable ABI's functions; the CUDA runtime is static.
-        self.spawn(
-            [
-                nvcc,
-                "-shared",
-                *objects,
-                "-o",
-                output,
-                *libraries,
-                "-cudart=static",
-                "-Xlinker=--no-as-needed",
-                "-ltorch",
-                "-ltorch_cpu",
-                "-lc10",
-            ]
+        ninja_build.run(folder, compilations, linkings, is_quiet=self.verbose == 0)
+        for library, linking in zip(self.extensions, linkings):
+            place = Path(self.get_ext_fullpath(library.name))
+            place.parent.mkdir(parents=True, exist_ok=True)
+            # A process that has the old one loaded keeps it.
+            place.unlink(missing_ok=True)
+            shutil.copy2(linking.target, place)
+
+
+def cxx_compiler() -> list[str]:
+    """CXX, or c++; one that knows C++20."""
+    command = shlex.split(os.environ.get("CXX", "")) or ["c++"]
+    if shutil.which(command[0]) is None:
+        sys.exit(
+            f"lpips_fast is compiled, and there is no compiler {command[0]!r}: install one for "
+            "C++20 (GCC 10, Clang 12 or later), name it in CXX, or install a wheel"
         )
+    probe = "#if __cplusplus <= 201703L\n#error\n#endif\n#include <concepts>\n"
+    options = ["-std=c++20", "-fsyntax-only", "-x", "c++", "-"]
+    if subprocess.run([*command, *options], input=probe, text=True, capture_output=True).returncode:
+        sys.exit(
+            f"lpips_fast needs a compiler for C++20 (GCC 10, Clang 12 or later), and {command[0]} "
+            f"is {compiler_version(command)}: name another in CXX"
+        )
+    return command
 
 
-class CUDALibrary(Extension):
-    def __init__(self, name: str, sources: list[str], toolkit: Path, gencode: list[str]) -> None:
-        # Torch's build demands a CUDA torch of any extension that lists CUDA sources.
-        super().__init__(name, [], depends=[str(p) for p in (ROOT / "csrc").rglob("*h")])
-        self.cuda_sources = sources
-        self.toolkit = toolkit
-        self.gencode = gencode
+def compiler_version(command: list[str]) -> str:
+    run = subprocess.run([*command, "--version"], capture_output=True, text=True)
+    return run.stdout.splitlines()[0] if run.stdout else command[0]
 
 
-def cpu_extension(
-    name: str, sources: list[str], flags: list[str], define: dict[str, str]
-) -> Extension:
-    gcc = [] if sys.platform == "darwin" else GCC_FLAGS
-    return cpp_extension.CppExtension(
-        f"lpips_fast.kernels.{name}",
+def environment_flags(*names: str) -> list[str]:
+    return [flag for name in names for flag in shlex.split(os.environ.get(name, ""))]
+
+
+def tools_of(*descriptions: str) -> str:
+    """What a command does not name and yet makes another file of the same source."""
+    names = [*("CPATH", "CPLUS_INCLUDE_PATH", "LIBRARY_PATH", "MACOSX_DEPLOYMENT_TARGET")]
+    names += ["NVCC_CCBIN", "NVCC_PREPEND_FLAGS", "NVCC_APPEND_FLAGS"]
+    return "\n".join([*descriptions, *(f"{name}={os.environ.get(name, '')}" for name in names)])
+
+
+def cpp_library(
+    compiler: list[str],
+    name: str,
+    sources: list[str],
+    flags: list[str],
+    flags_of: dict[str, list[str]] | None = None,
+) -> Library:
+    is_mac = sys.platform == "darwin"
+    sanitizer = SANITIZER_FLAGS if SANITIZE else []
+    machine = environment_flags("ARCHFLAGS") if is_mac else []
+    shared = ["-bundle", "-undefined", "dynamic_lookup"] if is_mac else ["-shared"]
+    return Library(
+        name,
         sources,
-        include_dirs=[pybind11_include()],
-        define_macros=list(define.items()),
         # Torch's headers as system headers: warnings are for our own code.
-        extra_compile_args=CXX_FLAGS
-        + PREFIX_MAPS
-        + gcc
-        + [f"-isystem{path}" for path in cpp_extension.include_paths()]
-        + flags
-        + (SANITIZER_FLAGS if SANITIZE else []),
-        extra_link_args=SANITIZER_FLAGS if SANITIZE else [],
-        depends=[str(p.relative_to(ROOT)) for p in (ROOT / "csrc").rglob("*.h")],
+        [
+            *(*compiler, *CXX_FLAGS, *machine, *PREFIX_MAPS),
+            *([] if is_mac else GCC_FLAGS),
+            *(f"-isystem{path}" for path in cpp_extension.include_paths()),
+            *(*flags, *sanitizer, *environment_flags("CPPFLAGS", "CXXFLAGS")),
+        ],
+        [*compiler, *shared, *machine, *sanitizer, *environment_flags("LDFLAGS")],
+        [
+            *(f"-L{path}" for path in cpp_extension.library_paths()),
+            *("-lc10", "-ltorch_cpu", *([] if is_mac else ["-ldl"])),  # glibc before 2.34
+        ],
+        tools_of(compiler_version(compiler)),
+        flags_of,
+    )
+
+
+def cuda_library(compiler: list[str], toolkit: Path, gencode: list[str]) -> Library:
+    """By nvcc, without torch's own demand for a CUDA build of torch."""
+    nvcc = str(toolkit / "bin" / "nvcc")
+    folders = [path for name in ("lib64", "lib") if (path := toolkit / name).is_dir()]
+    return Library(
+        "_cuda",
+        CUDA_SOURCES,
+        [
+            *(nvcc, *NVCC_FLAGS, *gencode, "-DUSE_CUDA"),
+            *(f"-Xcompiler={flag}" for flag in PREFIX_MAPS),
+            *(f"-isystem={path}" for path in cpp_extension.include_paths()),
+        ],
+        [nvcc, "-shared", "-cudart=static"],
+        # libtorch and libtorch_cpu hold the stable ABI's functions; the CUDA runtime is static.
+        [
+            *(f"-L{path}" for path in (*folders, *cpp_extension.library_paths())),
+            *("-Xlinker=--no-as-needed", "-ltorch", "-ltorch_cpu", "-lc10"),
+        ],
+        tools_of(nvcc_output(toolkit, "--version"), compiler_version(compiler)),
     )
 
 
@@ -295,6 +280,7 @@ def extensions() -> list[Extension]:
         sys.exit(
             f"lpips_fast needs torch 2.10 or later (for its stable ABI), found {torch.__version__}"
         )
+    compiler = cxx_compiler()
     toolkit, reason = cuda_decision()
     arch_list, nvcc = "none", "none"
     if toolkit:
@@ -312,34 +298,27 @@ def extensions() -> list[Extension]:
         capabilities = {own: capabilities[own]} if own in capabilities else {"default": ""}
     info = {
         "torch": torch.__version__,
-        "compiler": compiler_version(),
+        "compiler": compiler_version(compiler),
         "cpu_capabilities": ", ".join(capabilities),
         "cuda": reason,
         "cuda_arch_list": arch_list,
         "nvcc": nvcc,
     }
-    result = [
-        cpu_extension(
-            "_C",
-            ["csrc/ops.cpp", "csrc/python_module.cpp"],
-            [],
-            {"LPIPS_FAST_BUILD_INFO": json.dumps(json.dumps(info))},
-        )
-    ]
+    # The longest first, so that no core waits for them at the end.
+    result = []
+    if toolkit:
+        result.append(cuda_library(compiler, toolkit, gencode_flags(arch_list)))
+    cpu_sources = sorted(str(p.relative_to(ROOT)) for p in (ROOT / "csrc/cpu").glob("*.cpp"))
     for capability, flags in capabilities.items():
         macro = capability.upper()
-        result.append(
-            cpu_extension(
-                f"_cpu_{capability}",
-                sorted(str(path.relative_to(ROOT)) for path in (ROOT / "csrc/cpu").glob("*.cpp")),
-                ["-ffp-contract=off", *flags.split()],
-                {"CPU_CAPABILITY": macro, f"CPU_CAPABILITY_{macro}": "1"},
-            )
-        )
-    if toolkit:
-        result.append(
-            CUDALibrary("lpips_fast.kernels._cuda", CUDA_SOURCES, toolkit, gencode_flags(arch_list))
-        )
+        defines = [f"-DCPU_CAPABILITY={macro}", f"-DCPU_CAPABILITY_{macro}=1"]
+        flags_of_all = ["-ffp-contract=off", *flags.split(), *defines]
+        result.append(cpp_library(compiler, f"_cpu_{capability}", cpu_sources, flags_of_all))
+    module = "csrc/python_module.cpp"
+    python = {sysconfig.get_path(name) for name in ("include", "platinclude")}
+    of_module = [f"-isystem{path}" for path in (pybind11_include(), *sorted(python))]
+    of_module.append(f"-DLPIPS_FAST_BUILD_INFO={json.dumps(json.dumps(info))}")
+    result.append(cpp_library(compiler, "_C", ["csrc/ops.cpp", module], [], {module: of_module}))
     return result
 
 

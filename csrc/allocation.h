@@ -3,6 +3,10 @@
 // programs catch to take smaller batches.
 #pragma once
 
+#ifdef __linux__
+#include <dlfcn.h>
+#endif
+
 #include <array>
 #include <cstdint>
 #include <new>
@@ -43,10 +47,16 @@ struct Result {
 };
 
 #ifdef __linux__
-__attribute__((weak, visibility("default"))) Result
-    call(Sizes, std::optional<ScalarType>, std::optional<torch::headeronly::Layout>, std::optional<Device>, std::optional<bool>, std::optional<MemoryFormat>) __asm__(
-        "_ZN2at4_ops19empty_memory_format4callEN3c108ArrayRefINS2_6SymIntEEESt8optionalINS2_"
-        "10ScalarTypeEES6_INS2_6LayoutEES6_INS2_6DeviceEES6_IbES6_INS2_12MemoryFormatEE");
+using Call = Result (*)(Sizes, std::optional<ScalarType>, std::optional<torch::headeronly::Layout>,
+                        std::optional<Device>, std::optional<bool>, std::optional<MemoryFormat>);
+
+// A symbol of the library, weak or not, would be a promise to have it: it is asked for when needed.
+inline Call find() {
+  return reinterpret_cast<Call>(
+      dlsym(RTLD_DEFAULT,
+            "_ZN2at4_ops19empty_memory_format4callEN3c108ArrayRefINS2_6SymIntEEESt8optionalINS2_"
+            "10ScalarTypeEES6_INS2_6LayoutEES6_INS2_6DeviceEES6_IbES6_INS2_12MemoryFormatEE"));
+}
 #endif
 
 }  // namespace at_empty
@@ -67,11 +77,10 @@ inline Tensor empty(const std::vector<int64_t>& shape, ScalarType dtype,
       TORCH_SUCCESS)
     return torch::stable::detail::to<Tensor>(stack[0]);
 #ifdef __linux__
-  if (at_empty::call != nullptr)
-    at_empty::call(
-        {shape.data(), shape.size()}, dtype, std::nullopt,
-        at_empty::Device{static_cast<int8_t>(device.type()), static_cast<int8_t>(device.index())},
-        std::nullopt, order);
+  if (const at_empty::Call call = at_empty::find())
+    call({shape.data(), shape.size()}, dtype, std::nullopt,
+         at_empty::Device{static_cast<int8_t>(device.type()), static_cast<int8_t>(device.index())},
+         std::nullopt, order);
 #endif
   refuse("out of memory: torch's allocator has none left for ", shape_text(shape), " ",
          torch::headeronly::toString(dtype));

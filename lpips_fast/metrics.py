@@ -1,7 +1,7 @@
 """LPIPS as a metric of torchmetrics: mean or sum over a whole data set, on one device or many.
 
 ``pip install "lpips-fast[metrics]"``. The constructor takes the words of torchmetrics'
-``LearnedPerceptualImagePatchSimilarity``, and the class stands in for it.
+``LearnedPerceptualImagePatchSimilarity``, and the class stands in for it, also by that name.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ try:
 except ImportError as error:
     raise ImportError('the metric needs torchmetrics: pip install "lpips-fast[metrics]"') from error
 
-__all__ = ["LPIPSMetric"]
+__all__ = ["LPIPSMetric", "LearnedPerceptualImagePatchSimilarity"]
 
 
 class LPIPSMetric(Metric):
@@ -167,3 +167,7 @@ class LPIPSMetric(Metric):
     def plot(self, val: Any = None, ax: Any = None) -> Any:
         """Draw the value of :meth:`compute`, or values of several calls; as torchmetrics does."""
         return self._plot(val, ax)
+
+
+#: By the name that torchmetrics has for it: the import is all that changes in a program.
+LearnedPerceptualImagePatchSimilarity = LPIPSMetric

@@ -23,6 +23,9 @@ from dataclasses import dataclass
 from pathlib import Path
 
 REPOSITORY = Path(__file__).resolve().parents[1]
+sys.path.append(str(REPOSITORY))
+from cuda_toolkit import cuda_home  # noqa: E402
+
 ARCHITECTURES = ["75", "80", "86", "89", "90", "100", "120"]
 SKIPPED = 77
 # The kernels of the trunks' own layers: registers a thread above which a block fewer fits.
@@ -38,22 +41,6 @@ OPERATORS = [
     "masked_distance",
     *("bias_relu_", "scale_images", "scale_images_flagged", "max_pool2d", "max_pool2d_backward"),
 ]
-
-
-def cuda_home() -> Path | None:
-    """The toolkit's root: nvcc on the PATH may be a wrapper that runs the real one elsewhere."""
-    for name in ("CUDA_HOME", "CUDA_PATH"):
-        if os.environ.get(name):
-            return Path(os.environ[name])
-    nvcc = shutil.which("nvcc")
-    if nvcc is None:
-        return None
-    command = [nvcc, "--dryrun", "-x", "cu", "-c", os.devnull]
-    dryrun = subprocess.run(command, capture_output=True, text=True).stderr
-    for line in dryrun.splitlines():
-        if line.startswith("#$ TOP="):
-            return Path(line.removeprefix("#$ TOP=").strip()).resolve()
-    return None
 
 
 # -------------------------------------------------------------------------- the compiler's report
@@ -199,7 +186,7 @@ def link(home: Path, objects: list[Path], target: Path) -> None:
         [
             str(home / "bin" / "nvcc"),
             *["-shared", *map(str, objects), "-o", str(target), "-cudart=static"],
-            *[f"-L{path}" for path in library_paths()],
+            *[f"-L{path}" for path in (home / "lib", *library_paths())],
             *["-Xlinker=--no-as-needed", "-ltorch", "-ltorch_cpu", "-lc10"],
         ]
     )
@@ -243,7 +230,7 @@ def main() -> None:
 
     home = cuda_home()
     if home is None or not (home / "bin" / "nvcc").exists():
-        print("SKIPPED: no CUDA toolkit (set CUDA_HOME, or put nvcc on the PATH)")
+        print("SKIPPED: no CUDA toolkit (set CUDA_HOME, or install the extra cuda-build)")
         sys.exit(SKIPPED)
 
     with tempfile.TemporaryDirectory() as folder:

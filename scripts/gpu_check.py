@@ -30,6 +30,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
 REPOSITORY = Path(__file__).resolve().parents[1]
+BUILD_FILES = ("setup.py", "ninja_build.py", "cuda_toolkit.py")
 SLICE = 460  # seconds; a machine that ends a command after ten minutes is left some of them
 MORE_TO_DO, NO_DEVICE = 75, 77
 PYTHON = sys.executable
@@ -154,7 +155,8 @@ def build() -> None:
         link = stage / name
         if not link.is_symlink():
             link.symlink_to(REPOSITORY / name, target_is_directory=True)
-    shutil.copy(REPOSITORY / "setup.py", stage / "setup.py")
+    for name in BUILD_FILES:
+        shutil.copy(REPOSITORY / name, stage / name)
     os.chdir(stage)
     os.execv(PYTHON, [PYTHON, "setup.py", "--quiet", "build_ext", "--inplace"])
 
@@ -300,7 +302,8 @@ def sources_digest() -> str:
     digest = hashlib.sha256()
     for folder, pattern in (
         *(("csrc", "**/*"), ("lpips_fast", "**/*.py"), ("tests", "**/*.py")),
-        *(("scripts", "*.py"), ("benchmarks", "*.py"), (".", "setup.py")),
+        *(("scripts", "*.py"), ("benchmarks", "*.py")),
+        *((".", name) for name in BUILD_FILES),
     ):
         for path in sorted((REPOSITORY / folder).glob(pattern)):
             if path.is_file():

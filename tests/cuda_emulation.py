@@ -10,7 +10,6 @@ import random
 import re
 import shutil
 import subprocess
-import sys
 import tempfile
 from collections.abc import Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -38,11 +37,10 @@ def fresh_seed() -> int:
 
 def cuda_headers() -> Path | None:
     """The folder of cuda_fp16.h, in a toolkit or in NVIDIA's Python packages."""
-    path = REPOSITORY / "scripts" / "check_cuda_compile.py"
-    spec = importlib.util.spec_from_file_location("check_cuda_compile", path)
+    path = REPOSITORY / "cuda_toolkit.py"
+    spec = importlib.util.spec_from_file_location("cuda_toolkit", path)
     assert spec is not None and spec.loader is not None
     module = importlib.util.module_from_spec(spec)
-    sys.modules[spec.name] = module  # where its dataclasses look themselves up
     spec.loader.exec_module(module)
     home = module.cuda_home()
     return home / "include" if home is not None else None

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import inspect
 import pickle
 import warnings
 from pathlib import Path
@@ -42,6 +43,18 @@ def distances_of(pairs: list[tuple[Tensor, Tensor]]) -> Tensor:
 
 def reduced(distances: Tensor, reduction: str | None) -> Tensor:
     return getattr(distances, reduction)() if reduction in ("mean", "sum") else distances
+
+
+def test_by_torchmetrics_own_name() -> None:
+    """The import is all that changes in a program."""
+    from torchmetrics.image.lpip import LearnedPerceptualImagePatchSimilarity as Theirs
+
+    from lpips_fast.metrics import LearnedPerceptualImagePatchSimilarity as Ours
+
+    assert Ours is LPIPSMetric
+    theirs, ours = (inspect.signature(metric).parameters for metric in (Theirs, Ours))
+    assert list(ours)[:3] == [name for name in theirs if name != "kwargs"]
+    assert all(ours[name].default == theirs[name].default for name in list(ours)[:3])
 
 
 # -------------------------------------------------------------------------------------- values

@@ -203,7 +203,7 @@ class TestInTheModel:
         image, target = image_pair(3, 64, 64, torch.float32, seed=torch.seed() % 2**31)
         _, got = gradients(model, image[:1], target)
         _, expected = gradients(layer_by_layer(model), image[:1], target)
-        assert_same(got, expected)
+        assert_same(got, expected, 0.05)  # as above
 
     def test_second_derivative(self, model):
         # It jumps where a ReLU or a window changes its mind, which rounding decides in one pair of

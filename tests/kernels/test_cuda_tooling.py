@@ -393,6 +393,21 @@ class TestBuild:
         with pytest.raises(SystemExit, match=r"12\.0\+PTX, for which nvcc 12\.4 does not build"):
             build["architectures"](toolkit)
 
+    def test_the_toolkit_of_python_packages_is_found(self, build, tmp_path, monkeypatch):
+        """As ``cuda-build`` installs it, where nothing else names a toolkit; the newest one."""
+        for name in ("CUDA_HOME", "CUDA_PATH"):
+            monkeypatch.delenv(name, raising=False)
+        monkeypatch.setenv("PATH", str(tmp_path))
+        monkeypatch.setattr(sys, "path", [str(tmp_path / "a"), str(tmp_path / "b")])
+        assert build["cuda_home"]() is None
+        for home in ("a/nvidia/cu13", "b/nvidia/cu14", "b/nvidia/cu_headers"):
+            (tmp_path / home / "bin").mkdir(parents=True)
+            (tmp_path / home / "bin" / "nvcc").touch()
+        (tmp_path / "b/nvidia/cu15").mkdir()  # torch's own libraries, without a compiler
+        assert build["cuda_home"]() == tmp_path / "b/nvidia/cu14"
+        monkeypatch.setenv("CUDA_HOME", "/elsewhere")
+        assert build["cuda_home"]() == Path("/elsewhere")
+
     def test_versions_that_do_not_meet(self, build):
         faults = build["version_faults"]
         assert faults("13.0", "13.0", (13, 0)) == faults("12.8", "13.0", (13, 1)) == []

