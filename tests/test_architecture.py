@@ -35,7 +35,7 @@ LAYERS = [
     "compat",
     "lpips",
     "pairs",
-    "metrics folders analysis choice info compare_images",
+    "metrics pyiqa_metric folders analysis choice info compare_images",
     "judgements export evaluate_folders report compression",
     "trainer",
     "pairwise plots training",  # doors at the paths of 0.1
