@@ -28,7 +28,6 @@ from pathlib import Path
 
 import setuptools
 from setuptools import Extension, setup
-from setuptools.command.build_ext import build_ext
 
 ROOT = Path(__file__).resolve().parent
 if (ROOT / "pyproject.toml").exists() and int(setuptools.__version__.split(".")[0]) < 77:
@@ -157,9 +156,18 @@ class Library(Extension):
         self.flags_of = flags_of or {}
 
 
-class Build(build_ext):
-    """All libraries as one graph of commands (ninja_build.py), whose objects stay in build/ also
-    where setuptools builds in a temporary folder, as for an editable install."""
+class Build(cpp_extension.BuildExtension):
+    """Torch's build with all libraries as one graph of commands (ninja_build.py).
+
+    Torch's own compiles one library after the other, links them with libtorch_python, which is
+    outside the stable ABI, and refuses CUDA sources where torch has no CUDA. Objects stay in build/
+    also where setuptools builds in a temporary folder, as for an editable install.
+    """
+
+    def finalize_options(self) -> None:
+        wished = self.force
+        super().finalize_options()  # torch's forces everything where there is ninja
+        self.force = wished or self.get_finalized_command("build").force
 
     def build_extensions(self) -> None:
         # Objects of another torch or Python are not overwritten: who goes back finds them.
@@ -330,4 +338,6 @@ def extensions() -> list[Extension]:
     return result
 
 
-setup(ext_modules=extensions(), cmdclass={"build_ext": Build})
+setup(
+    ext_modules=extensions(), cmdclass={"build_ext": Build.with_options(no_python_abi_suffix=False)}
+)

@@ -4,8 +4,10 @@
 
 writes ``benchmarks/results/normalizations.md``, ``normalizations.json`` and pictures. The pairs are
 the repository's example images against themselves with noise, blur, JPEG and shifts in five
-strengths. Needs ImageNet weights of the trunk (LPIPS_FAST_WEIGHTS, or a network) and Pillow. Times
-are medians of rounds in which all normalisations take turns, and ratios are those of one round.
+strengths; ``batch`` has all of a side for its batch. ``attention`` is l2 with a mask, the attention
+map of the undistorted image. ``learned`` is timed alone: before it has learned, it is l2. Needs
+ImageNet weights of the trunk (LPIPS_FAST_WEIGHTS, or a network) and Pillow. Times are medians of
+rounds in which all normalisations take turns, and ratios are those of one round.
 """
 
 from __future__ import annotations
@@ -13,6 +15,7 @@ from __future__ import annotations
 import argparse
 import io
 import json
+from dataclasses import replace
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -26,8 +29,10 @@ from timing import seconds_of
 from torch import Tensor
 
 from lpips_fast import LPIPS
+from lpips_fast.analysis import attention_map
 from lpips_fast.analysis import figures as plots
 from lpips_fast.analysis.parts import (
+    NormalizationResult,
     NormalizationTable,
     compare_normalizations,
     describe,
@@ -35,13 +40,14 @@ from lpips_fast.analysis.parts import (
     rank_correlation,
 )
 from lpips_fast.images.reading import image_to_tensor, read_image_uint8
-from lpips_fast.normalization import NORMALIZATIONS
+from lpips_fast.normalization import LEARNED, NORMALIZATIONS
 from lpips_fast.weights import WeightsError
 
 CPU = torch.device("cpu")
 RESULTS = Path(__file__).resolve().parent / "results"
 IMAGES = Path(__file__).resolve().parents[1] / "examples" / "images"
 KINDS = tuple(NORMALIZATIONS)
+ATTENTION = "attention"
 
 #: Strengths of each distortion, weakest first, and the unit that they are in.
 LEVELS: dict[str, tuple[tuple[float, ...], str]] = {
@@ -86,14 +92,39 @@ def in_order(distances: list[float]) -> float:
     return float((steps > 0).mean())
 
 
+def with_attention(
+    model: LPIPS, table: NormalizationTable, references: Tensor, distorted: Tensor
+) -> NormalizationTable:
+    """A further row, of l2 under a mask of where the trunk answers to the undistorted image."""
+    with torch.no_grad():
+        mask = attention_map(model, references)
+        value, layers = model(references, distorted, retPerLayer=True, mask=mask)
+    distances = tuple(value.flatten().tolist())
+    row = NormalizationResult(
+        ATTENTION,
+        distances,
+        rank_correlation(distances, table["l2"].distances),
+        tuple(layer.mean().item() for layer in layers),
+    )
+    return replace(table, results=(*table.results, row))
+
+
+def rows_of(table: NormalizationTable) -> dict[str, NormalizationResult]:
+    return {row.name: row for row in table}
+
+
 def figures_of(table: NormalizationTable, labels: list[tuple[str, str, float]]) -> dict[str, Any]:
-    report = table.as_dict()
-    for kind in KINDS:
-        report[kind]["steps_in_order"] = in_order(list(table[kind].distances))
+    rows = rows_of(table)
+    named = replace(table, results=tuple(rows[kind] for kind in KINDS))
+    report = named.as_dict()
+    alone = replace(table, results=(replace(rows[ATTENTION], name="l2"),))
+    report[ATTENTION] = alone.as_dict()["l2"] | {"formula": "l2, positions weighted"}
+    for kind in report:
+        report[kind]["steps_in_order"] = in_order(list(rows[kind].distances))
         report[kind]["rank_correlation_by_distortion"] = {}
         for distortion in LEVELS:
-            rows = [k for k, label in enumerate(labels) if label[1] == distortion]
-            own, l2 = ([table[name].distances[k] for k in rows] for name in (kind, "l2"))
+            of_kind = [k for k, label in enumerate(labels) if label[1] == distortion]
+            own, l2 = ([rows[name].distances[k] for k in of_kind] for name in (kind, "l2"))
             correlation = rank_correlation(own, l2)
             report[kind]["rank_correlation_by_distortion"][distortion] = correlation
     return report
@@ -101,33 +132,41 @@ def figures_of(table: NormalizationTable, labels: list[tuple[str, str, float]]) 
 
 def times(net: str, size: int, batch: int, rounds: int) -> dict[str, dict[str, float]]:
     """Seconds of a whole forward pass, of its comparison alone, and of a training step."""
-    models = {kind: LPIPS(net=net, verbose=False, normalization=kind) for kind in KINDS}
+    kinds = (*KINDS, LEARNED, ATTENTION)
+    models = {
+        kind: LPIPS(net=net, verbose=False, normalization="l2" if kind == ATTENTION else kind)
+        for kind in kinds
+    }
     generator = torch.Generator().manual_seed(0)
     in0, in1 = torch.rand(2, batch, 3, size, size, generator=generator) * 2 - 1
     image = in0.clone().requires_grad_()
     with torch.no_grad():
         features0, features1 = (models["l2"].encode(x) for x in (in0, in1))
 
-    def forward(model: LPIPS) -> None:
+    attention = attention_map(models["l2"], in0)
+    masks = {kind: {"mask": attention} if kind == ATTENTION else {} for kind in kinds}
+
+    def forward(kind: str) -> None:
         with torch.no_grad():
-            model(in0, in1)
+            models[kind](in0, in1, **masks[kind])
 
-    def compare(model: LPIPS) -> None:
+    def compare(kind: str) -> None:
         with torch.no_grad():
-            model.distance(features0, features1)
+            models[kind].distance(features0, features1, **masks[kind])
 
-    def step(model: LPIPS) -> None:
-        torch.autograd.grad(model(image, features1).sum(), image)
+    def step(kind: str) -> None:
+        loss = models[kind](image, features1, **masks[kind]).sum()
+        torch.autograd.grad(loss, image)
 
-    result: dict[str, dict[str, float]] = {kind: {} for kind in KINDS}
+    result: dict[str, dict[str, float]] = {kind: {} for kind in kinds}
     for name, call in (("forward", forward), ("comparison", compare), ("step", step)):
-        seconds: dict[str, list[float]] = {kind: [] for kind in KINDS}
+        seconds: dict[str, list[float]] = {kind: [] for kind in kinds}
         for turn in range(rounds + 1):
-            for kind, model in models.items():
-                taken = seconds_of(lambda call=call, model=model: call(model), CPU)
+            for kind in kinds:
+                taken = seconds_of(lambda call=call, kind=kind: call(kind), CPU)
                 if turn:  # the first only warms up
                     seconds[kind].append(taken)
-        for kind in KINDS:
+        for kind in kinds:
             result[kind][name] = median(seconds[kind])
             ratios = [own / l2 for own, l2 in zip(seconds[kind], seconds["l2"])]
             result[kind][f"{name}_over_l2"] = median(ratios)
@@ -151,7 +190,9 @@ def draw(
         ),
         "Spread of the distances, and what the layers add": (
             "spread",
-            plots.plot_normalization_table(table, title=title),
+            plots.plot_normalization_table(
+                replace(table, results=tuple(table[kind] for kind in KINDS)), title=title
+            ),
         ),
         "Features of the example images before and after": (
             "activations",
@@ -177,10 +218,13 @@ def _curves(table: NormalizationTable, title: str) -> Any:
     FigureCanvasAgg(figure)
     figure.suptitle(title, fontsize=11)
     panels = figure.subplots(1, len(LEVELS), sharey=True)
+    rows = rows_of(table)
+    # Black for LPIPS itself, then Paul Tol's "bright" and "muted" colours.
     colours = ("#000000", "#4477aa", "#ee6677", "#228833", "#ccbb44")
+    colours += ("#66ccee", "#aa3377", "#bbbbbb", "#882255")
     for column, (axes, (kind, (levels, unit))) in enumerate(zip(panels, LEVELS.items())):
-        for name, colour, marker in zip(KINDS, colours, "os^Dv"):
-            relative = np.array(table[name].distances) / table[name].mean
+        for (name, row), colour, marker in zip(rows.items(), colours, "os^Dv<>Pd", strict=True):
+            relative = np.array(row.distances) / row.mean
             means = relative.reshape(-1, len(LEVELS), len(levels))[:, column].mean(axis=0)
             axes.plot(range(5), means, color=colour, marker=marker, markersize=4, label=name)
         axes.set_xticks(range(5), [f"{level:g}" for level in levels])
@@ -193,7 +237,7 @@ def _curves(table: NormalizationTable, title: str) -> Any:
     figure.legend(
         *panels[0].get_legend_handles_labels(),
         loc="outside lower center",
-        ncols=len(KINDS),
+        ncols=len(rows),
         frameon=False,
         fontsize=9,
     )
@@ -209,9 +253,11 @@ def markdown(results: dict[str, Any]) -> str:
             f"{results['metric']}, ImageNet weights.",
         ),
         f"{results['pairs']} pairs: the {results['images']} example images (64²) against themselves"
-        " with noise, blur, JPEG and shifts in five strengths. Distances of two normalisations"
-        " share no unit: compare deviation over mean, and order. Rank correlation is Spearman's"
-        " with the distances of l2. A step is in order if the stronger distortion is farther away.",
+        " with noise, blur, JPEG and shifts in five strengths. `batch` has all of a side for its"
+        " batch; `attention` is l2 with the reference's attention map as a mask. Distances of two"
+        " normalisations share no unit: compare deviation over mean, and order. Rank correlation is"
+        " Spearman's with the distances of l2. A step is in order if the stronger distortion is"
+        " farther away.",
         "",
         "| normalisation | mean | deviation | dev./mean | range | rank correlation with l2 "
         "| of noise | of blur | of JPEG | of shifts | steps in order |",
@@ -230,19 +276,17 @@ def markdown(results: dict[str, Any]) -> str:
         lines.append(f"| {kind} | {' | '.join(cells)} |")
     lines += [
         "",
-        f"Times: {results['net']}, {timing['batch']} pairs of {timing['size']}², float32, medians"
-        f" of {timing['rounds']} rounds; in brackets the ratio to l2. l2 has a fused kernel, the"
-        " others are composed of torch's operators. The comparison is that of features already"
-        " encoded; a step is forward and backward to one image, the other's features given.",
+        f"Times over that of l2: {results['net']}, float32, {timing['size']}², batch "
+        f"{timing['batch']}, medians of {timing['rounds']} rounds in which all take turns. l2 has a"
+        " fused kernel, with `attention` too, whose mask is given; the others are composed of"
+        " torch's operators. The comparison is that of features already encoded; a step is forward"
+        " and backward to one image, the other's features given.",
         "",
         "| normalisation | forward | comparison alone | step |",
         "|---|---|---|---|",
     ]
     for kind, row in timing["seconds"].items():
-        cells = [
-            f"{1e3 * row[name]:.1f} ms ({row[f'{name}_over_l2']:.2f}×)"
-            for name in ("forward", "comparison", "step")
-        ]
+        cells = [f"{row[f'{name}_over_l2']:.2f}×" for name in ("forward", "comparison", "step")]
         lines.append(f"| {kind} | {' | '.join(cells)} |")
     for caption, file in results["pictures"].items():
         lines += ["", f"![{caption}]({file})"]
@@ -264,7 +308,9 @@ def main() -> None:
         parser.exit(1, f"{error}\n")
     run = machine.this_run()
     images, labels = pairs()
-    table = compare_normalizations(model, images)
+    references, distorted = (torch.cat(side) for side in zip(*images))
+    table = compare_normalizations(model, [(references, distorted)])
+    table = with_attention(model, table, references, distorted)
     options.output.mkdir(parents=True, exist_ok=True)
     results: dict[str, Any] = {
         **run,

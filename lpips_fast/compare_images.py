@@ -20,7 +20,7 @@ from .comparison.masks import MaskMode
 from .images.masks import read_mask
 from .images.reading import Alpha, pillow_pixels, read_image_uint8
 from .lpips import LPIPS
-from .normalization import Normalization
+from .normalization import ModelNormalization
 
 __all__ = ["AnyImage", "compare", "kept_model"]
 
@@ -39,7 +39,7 @@ def compare(
     normalize: bool | None = None,
     lpips: bool = True,
     weights: str | os.PathLike[str] | None = None,
-    normalization: Normalization = "l2",
+    normalization: ModelNormalization = "l2",
     layers: Sequence[int] | None = None,
     alpha: Alpha = "white",
     device: str | torch.device | None = None,
@@ -113,7 +113,7 @@ def kept_model(
     version: str = "0.1",
     lpips: bool = True,
     weights: str | os.PathLike[str] | None = None,
-    normalization: Normalization = "l2",
+    normalization: ModelNormalization = "l2",
     layers: Sequence[int] | None = None,
     device: torch.device | None = None,
 ) -> LPIPS:
@@ -130,7 +130,7 @@ def _model(
     version: Any,
     lpips: bool,
     weights: str | None,
-    normalization: Normalization,
+    normalization: ModelNormalization,
     layers: tuple[int, ...] | None,
     device: torch.device | None,
 ) -> LPIPS:

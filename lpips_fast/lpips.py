@@ -21,7 +21,7 @@ from .comparison.arguments import (
 )
 from .comparison.calls import fast_path, like_of, prepare_call
 from .comparison.frozen import freeze, hide_weights
-from .comparison.linear import NetLinLayer, linear_weight, load_linear_weights
+from .comparison.linear import NetLinLayer, linear_weight, load_linear_weights, load_trunk
 from .comparison.linear import rename_linear_weights as rename
 from .comparison.masks import MaskMode
 from .comparison.negative_weights import NegativeWeightsNotice
@@ -30,11 +30,18 @@ from .comparison.scaling import ScalingLayer
 from .comparison.spatial import spatial_average, upsample
 from .compat import DSSIM, L2, BCERankingLoss, Dist2LogitLayer, FakeNet, print_network
 from .features import Features
-from .normalization import Normalization, check_normalization, normalize_tensor
+from .normalization import (
+    LEARNED,
+    LearnedNorm,
+    ModelNormalization,
+    check_model_normalization,
+    depends_on_batch,
+    normalize_tensor,
+)
 from .notices import RangeNotice
-from .trunk import Trunk, check_layers, minimum_size, tap_channels
+from .trunk import Trunk, architecture, check_layers, minimum_size, tap_channels
 from .trunk.packing import forget
-from .weights import load_trunk_and_linear_weights
+from .weights import lpips_state_dict, read_state_dict
 
 if TYPE_CHECKING:
     from .pairs.sources import Images
@@ -84,7 +91,9 @@ class LPIPS(nn.Module):
         verbose: print what is set up.
         weights: where the trunk's weights come from: a file, a folder or a state dict. ``None``
             searches, and at last downloads (see :mod:`lpips_fast.weights`). Linear weights in the
-            same checkpoint are used too, unless ``model_path`` names others.
+            same checkpoint are used too, unless ``model_path`` names others. The trunk has the
+            widths of its checkpoint (:mod:`lpips_fast.compression` makes narrow ones), here and in
+            ``model_path``.
         reduction: ``'none'`` returns one distance an image, as the original does; ``'mean'`` and
             ``'sum'`` return one number, ready to be a loss.
         check_inputs: ``None`` looks at the values of the first call alone and warns once of a range
@@ -98,8 +107,11 @@ class LPIPS(nn.Module):
             out on a device that can say so, batches are halved anyway.
         checkpoint: keep only the taps for backward and recompute what lies between them.
         normalization: of the features before they are compared: ``'l2'``, which is LPIPS and has
-            the fused kernel, or ``'l1'``, ``'max'``, ``'std'``, ``'none'``, for experiments (see
-            :mod:`lpips_fast.normalization`). The published weights were learned with ``'l2'``.
+            the fused kernel, or ``'l1'``, ``'max'``, ``'std'``, ``'none'``, ``'layer'``,
+            ``'instance'``, ``'batch'``, for experiments (see :mod:`lpips_fast.normalization`). The
+            published weights were learned with ``'l2'``. ``'learned'`` is ``'l2'`` with a factor
+            and a shift on the norm, which learn with the linear weights
+            (:class:`lpips_fast.normalization.LearnedNorm`) and lie beside them in checkpoints.
         layers: indices of the layers to compare, for example ``(0, 1, 2)``; the trunk runs no
             further than the last of them, from images as small as that part can take. The result
             is the sum over these layers alone: a lower bound of LPIPS (its weights are not
@@ -117,6 +129,7 @@ class LPIPS(nn.Module):
         layers: the layers that are compared, ascending.
         minimum_size: the smallest height and width of an image, in pixels.
         chns, L: channels and number of all the trunk's layers, compared or not.
+        net_name: of the trunk; ``alex:32,96,192,128,128`` where it is narrow.
 
     >>> model = LPIPS(net="alex", pnet_rand=True, verbose=False)
     >>> image = torch.rand(2, 3, 64, 64) * 2 - 1
@@ -144,7 +157,7 @@ class LPIPS(nn.Module):
         dtype: torch.dtype | None = None,
         max_batch: int | None = None,
         checkpoint: bool = False,
-        normalization: Normalization = "l2",
+        normalization: ModelNormalization = "l2",
         layers: Sequence[int] | None = None,
         frozen: bool = False,
     ) -> None:
@@ -158,12 +171,21 @@ class LPIPS(nn.Module):
                 "frozen=True keeps all weights, but pnet_tune=True lets the trunk learn; "
                 "pass one of the two"
             )
-        check_normalization(normalization)
-        trunk_name = "vgg" if net == "vgg16" else net
+        check_model_normalization(normalization)
+        if normalization == LEARNED and not lpips:
+            raise ValueError(
+                "normalization='learned' learns beside the linear weights, and lpips=False has "
+                "none: pass one of the two"
+            )
+        if max_batch is not None and depends_on_batch(normalization):
+            raise ValueError(
+                f"normalization={normalization!r} takes a batch as a whole, which max_batch "
+                "divides: pass one of the two"
+            )
+        trunk_name: str = "vgg" if net == "vgg16" else net
         # An unknown net is told before anything is printed or loaded.
         self._chosen_layers = None if layers is None else check_layers(trunk_name, layers)
-        self.chns = tap_channels(trunk_name)
-        self.L = len(self.chns)
+        self.L = len(tap_channels(trunk_name))
         if verbose:
             print(
                 f"Setting up [{'LPIPS' if lpips else 'baseline'}] perceptual loss: "
@@ -184,7 +206,6 @@ class LPIPS(nn.Module):
         self.checkpoint = checkpoint
         self.normalization = normalization
         self.frozen = frozen
-        self.net_name = trunk_name
         self.minimum_size = minimum_size(trunk_name, self.layers)
         self.scaling_layer = ScalingLayer()
         self._range_notice = RangeNotice()
@@ -192,9 +213,16 @@ class LPIPS(nn.Module):
         if frozen:  # before others look at what is loaded
             hide_weights(self)
 
-        trunk_weights, lin_weights = (
-            (None, None) if pnet_rand else load_trunk_and_linear_weights(trunk_name, weights)
+        learned = None
+        if lpips and pretrained and model_path is not None:
+            learned = lpips_state_dict(read_state_dict(model_path), trunk_name, str(model_path))
+        trunk_weights, lin_weights, trunk_name = load_trunk(
+            trunk_name, weights, learned, is_random=pnet_rand
         )
+        self.net_name = trunk_name
+        if verbose and trunk_name != architecture(trunk_name):
+            print(f"The trunk is a narrow one, and its distances are not LPIPS: {trunk_name}")
+        self.chns = tap_channels(trunk_name)
         self.net = Trunk(trunk_name, trunk_weights, requires_grad=pnet_tune)
         if lpips:
             for k, channels in enumerate(self.chns):
@@ -202,8 +230,10 @@ class LPIPS(nn.Module):
             # The same modules again under `lins`, as in the original, whose checkpoints hold both.
             self.lins = nn.ModuleList(getattr(self, f"lin{k}") for k in range(self.L))
             self.register_load_state_dict_pre_hook(rename)
+            if normalization == LEARNED:
+                self.norms = nn.ModuleList(LearnedNorm(channels) for channels in self.chns)
             if pretrained:
-                load_linear_weights(self, model_path, lin_weights, verbose)
+                load_linear_weights(self, model_path, learned, lin_weights, verbose)
         if dtype is not None:
             self.net.to(dtype)
         if frozen:
@@ -442,10 +472,16 @@ class LPIPS(nn.Module):
             return self(features0, features1, retPerLayer)
         return self(features0, features1, retPerLayer, mask=mask)
 
+    @property
+    def _net_in_words(self) -> str:
+        """As it was asked for; a narrow trunk's name where it is one."""
+        is_narrow = self.net_name != architecture(self.net_name)
+        return self.net_name if is_narrow else self.pnet_type
+
     def extra_repr(self) -> str:
         """How the number is made, as part of ``repr(model)``."""
         return (
-            f"net={self.pnet_type!r}, version={self.version!r}, lpips={self.lpips}, "
+            f"net={self._net_in_words!r}, version={self.version!r}, lpips={self.lpips}, "
             f"normalization={self.normalization!r}"
             + (f", layers={self.layers}" if len(self.layers) < self.L else "")
         )

@@ -17,7 +17,7 @@ from .comparison.arguments import check_choice
 from .comparison.masks import MaskMode
 from .features import Features
 from .lpips import LPIPS, Version
-from .normalization import Normalization
+from .normalization import ModelNormalization
 
 try:
     from torchmetrics import Metric
@@ -94,7 +94,7 @@ class LPIPSMetric(Metric):
         max_batch: int | None = None,
         check_inputs: bool = False,
         layers: Sequence[int] | None = None,
-        normalization: Normalization = "l2",
+        normalization: ModelNormalization = "l2",
         mask_mode: MaskMode = "weighted",
         fill_value: float = 0.0,
         **kwargs: Any,

@@ -30,6 +30,10 @@ def distances(dtype: torch.dtype) -> None:
             leaves = [x.detach().requires_grad_() for x in (a, b)]
             functional.distance(leaves[:1], leaves[1:], [weight]).sum().backward()
             functional.distance_map(leaves[:1], leaves[1:], [weight])[0].sum().backward()
+            positions = torch.rand((1, 1, *shape[2:]), device="cuda", dtype=accumulator)
+            torch.ops.lpips_fast.masked_distance(
+                leaves[:1], leaves[1:], [weight], [positions], 1e-10
+            ).sum().backward()
         if order == torch.channels_last:
             grad = torch.ones(shape[0], 1, device="cuda", dtype=accumulator)
             for deeper, need_weight in itertools.product((None, b), (False, True)):

@@ -36,7 +36,7 @@ LAYERS = [
     "lpips",
     "pairs",
     "metrics pyiqa_metric folders analysis choice info compare_images",
-    "judgements export evaluate_folders report",
+    "judgements export evaluate_folders report compression",
     "trainer",
     "pairwise plots training",  # doors at the paths of 0.1
     "__init__",  # the public names
@@ -263,6 +263,7 @@ def test_what_stands_on_the_metric_is_loaded_late(run_python):
     loaded = {folder_of(m.removeprefix("lpips_fast.")) for m in run_python(code).split()}
     assert "lpips" in loaded
     late = {"analysis", "choice", "export", "folders", "judgements", "metrics", "pairs", "cli"}
+    late |= {"compression"}
     assert not loaded & late
 
 

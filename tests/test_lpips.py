@@ -444,6 +444,7 @@ class TestPrecision:
 class TestCompile:
     @pytest.mark.parametrize("spatial", [False, True])
     def test_one_graph_forward_and_backward(self, alex_weights, pair, spatial):
+        torch._dynamo.reset()  # or earlier tests' models count as compiled again and again
         model = lpips_fast.LPIPS(weights=alex_weights, spatial=spatial, verbose=False)
         compiled = torch.compile(model, fullgraph=True)
         x, y = pair[0].clone().requires_grad_(), pair[0].clone().requires_grad_()

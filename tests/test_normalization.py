@@ -17,12 +17,14 @@ from torch import Tensor
 
 import lpips_fast
 from lpips_fast import LPIPS, functional
+from lpips_fast.analysis import attention_map
 from lpips_fast.cli.model import metric_name
 from lpips_fast.comparison.linear import linear_weight
 from lpips_fast.judgements.cached_triplets import channel_means, dropout_deviations
 from lpips_fast.normalization import (
     EPS,
     NORMALIZATIONS,
+    LearnedNorm,
     accumulator_dtype,
     channel_norms,
     check_normalization,
@@ -31,8 +33,10 @@ from lpips_fast.normalization import (
     normalize_tensor,
     scale_sensitivity,
 )
+from lpips_fast.weights import WeightsError
 
 KINDS = tuple(NORMALIZATIONS)
+STANDARDIZED = ("layer", "instance", "batch")
 OTHERS = tuple(kind for kind in KINDS if kind != "l2")
 DTYPES = [torch.float64, torch.float32, torch.bfloat16, torch.float16]
 ROUNDING = {torch.float64: 1e-14}
@@ -60,9 +64,20 @@ def some_features(
 
 
 def oracle(features: Tensor, kind: str, eps: float = EPS) -> Tensor:
-    """The table of the module, vector by vector."""
+    """The tables of the module, vector by vector."""
     values = features.detach().double().numpy()
     result = np.empty_like(values)
+    if kind in STANDARDIZED:  # (images, channels) that share a mean and a deviation
+        n, c = values.shape[:2]
+        together = {
+            "layer": [(slice(k, k + 1), slice(None)) for k in range(n)],
+            "instance": [(slice(k, k + 1), slice(m, m + 1)) for k in range(n) for m in range(c)],
+            "batch": [(slice(None), slice(m, m + 1)) for m in range(c)],
+        }
+        for where in together[kind]:
+            a = values[where]
+            result[where] = (a - a.mean()) * (np.ptp(a) > 0) / (a.std() + eps)
+        return torch.from_numpy(result)
     for n, y, x in np.ndindex(values.shape[0], *values.shape[2:]):
         a = values[n, :, y, x]
         result[n, :, y, x] = {
@@ -166,7 +181,19 @@ class TestGradients:
             assert all(g.abs().sum() > 0 for g in grads)
             assert all(g.dtype == x.dtype for g, x in zip(grads, (a, b, w)))
         both_zero = grads[0][0, :, 0, 0]
-        assert (both_zero == 0).all() and (a[0, :, 0, 0] == 0).all() and (b[0, :, 0, 0] == 0).all()
+        assert kind in STANDARDIZED or (both_zero == 0).all()
+        assert (a[0, :, 0, 0] == 0).all() and (b[0, :, 0, 0] == 0).all()
+
+    @each
+    @pytest.mark.parametrize("dtype", DTYPES, ids=str)
+    def test_finite_where_all_is_equal(self, kind: str, dtype: torch.dtype, generator) -> None:
+        a = torch.full((2, 7, 3, 4), 0.3, dtype=dtype)
+        a[0] = 0
+        a = a.requires_grad_()
+        b = some_features(generator, dtype=dtype)
+        (result,) = functional.distance_map([a], [b], normalization=kind)
+        (grad,) = torch.autograd.grad(result.sum(), a)
+        assert result.isfinite().all() and grad.isfinite().all()
 
     @each
     def test_identical_features_rest(self, kind: str, generator) -> None:
@@ -198,7 +225,7 @@ class TestDistance:
         )
         assert torch.equal(there, back)
 
-    @pytest.mark.parametrize("name", ["L2", "instance", "", None, True, ["l2"]])
+    @pytest.mark.parametrize("name", ["L2", "group", "", None, True, ["l2"]])
     def test_unknown(self, name: Any) -> None:
         features = torch.rand(1, 2, 3, 3)
         for attempt in (
@@ -210,7 +237,7 @@ class TestDistance:
             lambda: LPIPS(pnet_rand=True, verbose=False, normalization=name),
         ):
             with pytest.raises(
-                ValueError, match=r"unknown normalization .* l2, l1, max, std, none"
+                ValueError, match=r"unknown normalization .* none, layer, instance, batch"
             ):
                 attempt()
 
@@ -266,13 +293,190 @@ class TestProperties:
             for x, y in ((a, b), (a * factors, b * factors.flip(0)))
         ]
         same = torch.allclose(*both, rtol=1e-6)
-        assert same == NORMALIZATIONS[kind].is_scale_invariant
+        assert same == (NORMALIZATIONS[kind].is_scale_invariant and kind != "batch")
 
     def test_factor(self) -> None:
         x = torch.rand(1, 2, 2, 2)
         for factor in (0.0, -1.0, math.nan):
             with pytest.raises(ValueError, match="expected a number above 0"):
                 scale_sensitivity(x, x, factor)
+
+
+class TestWhatIsLost:
+    """For each of the others, a property of LPIPS that it has not."""
+
+    def test_locality(self, generator) -> None:
+        a, b = (torch.randn(1, 6, 4, 4, generator=generator).double() for _ in range(2))
+        changed = b.clone()
+        changed[..., 0, 0] *= torch.arange(1, 7)
+        for kind in KINDS:
+            before, after = (
+                functional.distance_map([a], [x], normalization=kind)[0].flatten()
+                for x in (b, changed)
+            )
+            assert before[0] != after[0]
+            assert torch.equal(before[1:], after[1:]) == (kind not in STANDARDIZED)
+
+    @pytest.mark.parametrize("kind", KINDS)
+    def test_a_channels_contrast_is_seen(self, kind: str, generator) -> None:
+        a = torch.rand(2, 6, 4, 4, generator=generator).double()
+        contrast = torch.rand(6, generator=generator).double().view(1, -1, 1, 1) + 0.5
+        (distances,) = functional.distance([a], [a * contrast + 0.3], normalization=kind).T
+        is_blind = kind in ("instance", "batch")
+        assert (distances < 1e-12).all() if is_blind else (distances > 1e-3).all()
+
+    @pytest.mark.parametrize("kind", KINDS)
+    def test_pairs_do_not_know_of_each_other(self, kind: str, generator) -> None:
+        a, b = (torch.rand(3, 6, 4, 4, generator=generator).double() for _ in range(2))
+        b[0] = a[0]  # the same image beside others
+        together = functional.distance([a], [b], normalization=kind)
+        alone = torch.cat(
+            [
+                functional.distance([a[k : k + 1]], [b[k : k + 1]], normalization=kind)
+                for k in range(3)
+            ]
+        )
+        assert alone[0] == 0
+        if kind == "batch":
+            assert together[0] > 1e-3 and (together - alone).abs().min() > 1e-3
+        else:
+            assert together[0] == 0
+            torch.testing.assert_close(together, alone)
+
+    def test_a_learned_shift_ends_scale_invariance(self, generator) -> None:
+        a, b = (torch.rand(2, 6, 4, 4, generator=generator).double() for _ in range(2))
+        norm = LearnedNorm(6)
+
+        def distances() -> list[Tensor]:
+            return [((norm(f * a) - norm(b)) ** 2).sum(dim=1).mean() for f in (1, 5)]
+
+        torch.testing.assert_close(*distances())
+        norm.shift.data.fill_(0.5)
+        one, five = distances()
+        assert abs(one - five) > 0.05 * one
+
+    def test_attention_ends_symmetry(self) -> None:
+        model, images = model_of("squeeze"), some_images(4)
+        a, b = images[:2], images[2:]
+        masks = attention_map(model, images)
+        assert masks.shape == (4, 1, 48, 40) and masks.min() >= 0
+        assert torch.equal(masks.amax(dim=(2, 3)).flatten(), torch.ones(4))
+        with torch.no_grad():
+            there, back = model(a, b, mask=masks[:2]), model(b, a, mask=masks[2:])
+            assert torch.equal(model(a, b, mask=masks[:2]), model(b, a, mask=masks[:2]))
+            assert (model(a, a, mask=masks[:2]) == 0).all()
+        assert not torch.allclose(there, back, rtol=1e-3)
+        no_answer = model_of("squeeze")
+        for p in no_answer.net.parameters():
+            p.data.zero_()
+        assert (attention_map(no_answer, images) == 1).all()
+
+
+class TestBatch:
+    def test_a_batch_is_never_divided(self) -> None:
+        model = model_of("squeeze", normalization="batch")
+        images = some_images(6)
+        with torch.no_grad():
+            whole = model(images[:3], images[3:])
+            model.max_batch = 1
+            assert torch.equal(model(images[:3], images[3:]), whole)
+        with pytest.raises(ValueError, match="takes a batch as a whole, which max_batch divides"):
+            LPIPS(pnet_rand=True, verbose=False, normalization="batch", max_batch=2)
+        from lpips_fast.folders.measures import Distance
+
+        with pytest.raises(ValueError, match="depends on the pairs beside it"):
+            Distance(model)
+
+    @each
+    def test_no_images(self, kind: str) -> None:
+        nothing = torch.zeros(0, 5, 3, 3)
+        assert normalize_features(nothing, kind).shape == nothing.shape
+
+
+class TestLearned:
+    def test_it_begins_as_l2(self, models: dict[str, LPIPS]) -> None:
+        model = model_of("squeeze", normalization="learned")
+        in0, in1 = some_images(2), some_images(2)
+        with torch.no_grad():
+            torch.testing.assert_close(model(in0, in1), models["l2"](in0, in1))
+            assert (model(in0, in0.clone()) == 0).all()
+        assert all(isinstance(norm, LearnedNorm) for norm in model.norms)
+
+    @pytest.mark.parametrize("dtype", DTYPES, ids=str)
+    def test_gradients_are_finite(self, dtype: torch.dtype, generator) -> None:
+        features = some_features(generator, dtype=dtype).requires_grad_()
+        norm = LearnedNorm(7).to(torch.float64 if dtype == torch.float64 else torch.float32)
+        norm.log_scale.data.fill_(0.2)
+        for shift in (0.0, 0.4):
+            norm.shift.data.fill_(shift)
+            result = norm(features)
+            assert result.dtype == accumulator_dtype(dtype)
+            leaves = [features, *norm.parameters()]
+            grads = torch.autograd.grad((result * torch.arange(7.0).view(7, 1, 1)).sum(), leaves)
+            assert all(g.isfinite().all() for g in grads)
+        if dtype == torch.float64:
+            assert torch.autograd.gradcheck(norm, (features,))
+
+    def test_checkpoints(self, tmp_path) -> None:
+        model = model_of("squeeze", normalization="learned")
+        for norm in model.norms:
+            norm.log_scale.data.uniform_(-0.2, 0.2)
+            norm.shift.data.uniform_(0.1, 0.9)
+        file = tmp_path / "model.pth"
+        torch.save(model.state_dict(), file)
+        in0, in1 = some_images(2), some_images(2)
+        loaded = {
+            "model_path": LPIPS(
+                net="squeeze", pnet_rand=True, model_path=file, normalization="learned"
+            ),
+            "weights": LPIPS(net="squeeze", weights=file, normalization="learned", frozen=True),
+        }
+        with torch.no_grad():
+            expected = model(in0, in1)
+            for other in loaded.values():
+                torch.testing.assert_close(other(in0, in1), expected, rtol=1e-6, atol=0)
+        for argument in ({"pnet_rand": True, "model_path": file}, {"weights": file}):
+            with pytest.raises(WeightsError, match="load them with normalization='learned'"):
+                LPIPS(net="squeeze", **argument)
+        state = {k: v for k, v in model.state_dict().items() if k != "norms.1.shift"}
+        torch.save(state, file)
+        with pytest.raises(WeightsError, match=r"'norms\.1\.shift' is missing"):
+            LPIPS(net="squeeze", weights=file, normalization="learned")
+        with pytest.raises(ValueError, match="learns beside the linear weights"):
+            LPIPS(pnet_rand=True, lpips=False, normalization="learned")
+
+    def test_frozen(self) -> None:
+        model = model_of("squeeze", normalization="learned", frozen=True)
+        parent = torch.nn.ModuleDict({"loss": model}).requires_grad_(True)
+        image = some_images(1).requires_grad_()
+        model(image, some_images(1)).sum().backward()
+        assert image.grad is not None and image.grad.isfinite().all()
+        assert all(p.grad is None for p in model.parameters())
+        assert not parent.state_dict()
+
+    def test_training(self, tmp_path) -> None:
+        from lpips_fast.judgements.training import Trainer, TrainingOptions, new_model
+
+        images = some_images(18, (32, 32))
+        items = [
+            {"ref": r, "p0": p, "p1": q, "judge": torch.tensor(float(k % 2))}
+            for k, (r, p, q) in enumerate(zip(*images.chunk(3)))
+        ]
+        options = TrainingOptions(1, 0, batch_size=2, learning_rate=0.01)
+        model = new_model(
+            "squeeze", initialization="pretrained", random_trunk=True, normalization="learned"
+        )
+        trainer = Trainer(model, items, options, progress=False)
+        assert not trainer.caches
+        trainer.run(tmp_path, curve=False)
+        moved = torch.cat([p.detach() for p in model.norms.parameters()])
+        assert (moved != 0).any() and all((norm.shift >= 0).all() for norm in model.norms)
+        again = LPIPS(
+            net="squeeze", weights=tmp_path / "model.pth", normalization="learned", verbose=False
+        )
+        with torch.no_grad():
+            pair = images[:2], images[2:4]
+            torch.testing.assert_close(again(*pair), model.eval()(*pair), rtol=1e-5, atol=0)
 
 
 class TestModel:
@@ -303,11 +507,11 @@ class TestModel:
             torch.testing.assert_close(image.mean(dim=(1, 2, 3)), value.flatten(), rtol=0.3, atol=0)
 
     def test_they_differ(self, models: dict[str, LPIPS]) -> None:
-        in0, in1 = some_images(1), some_images(1)
+        in0, in1 = some_images(2), some_images(2)
         with torch.no_grad():
-            values = {kind: model(in0, in1).item() for kind, model in models.items()}
+            values = {kind: model(in0, in1).sum().item() for kind, model in models.items()}
             plain = model_of("squeeze")
-            assert plain.normalization == "l2" and plain(in0, in1).item() == values["l2"]
+            assert plain.normalization == "l2" and plain(in0, in1).sum().item() == values["l2"]
         assert len({f"{value:.4g}" for value in values.values()}) == len(KINDS)
 
     @others

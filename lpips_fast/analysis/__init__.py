@@ -1,7 +1,8 @@
-"""What a distance is made of: layers, channels, normalisations (:mod:`.parts`), and their pictures
-(:mod:`.figures`).
+"""What a distance is made of: layers, channels, normalisations (:mod:`.parts`), their pictures
+(:mod:`.figures`), and where a trunk looks (:mod:`.attention`).
 """
 
+from .attention import attention_map
 from .figures import (
     plot_channel_importance,
     plot_layer_contributions,
@@ -31,6 +32,7 @@ __all__ = [
     "LayerImportance",
     "NormalizationResult",
     "NormalizationTable",
+    "attention_map",
     "channel_importance",
     "compare_normalizations",
     "describe",

@@ -55,7 +55,7 @@ def describe(model: LPIPS) -> str:
     dtype = model.dtype or model.scaling_layer.shift.dtype
     if dtype != torch.float32:
         other += f", {str(dtype).removeprefix('torch.')}"
-    return f"{trunk}{metric} {model.pnet_type}, version {model.version}{other}"
+    return f"{trunk}{metric} {model._net_in_words}, version {model.version}{other}"
 
 
 def layer_names(model: LPIPS) -> tuple[str, ...]:
@@ -215,7 +215,8 @@ def compare_normalizations(
         model: its trunk and linear weights are used; its own normalisation, ``spatial`` and
             ``reduction`` are not.
         pairs: two images each, or two batches, as for :meth:`LPIPS.forward`: tensors or
-            :class:`Features`. They are looked at one after the other.
+            :class:`Features`. They are looked at one after the other, so that ``batch`` has the
+            images that are given together for its batch.
         normalizations: which ones.
         normalize: tensors are in [0, 1].
 
@@ -229,7 +230,7 @@ def compare_normalizations(
     >>> model = lpips_fast.LPIPS(pnet_rand=True, verbose=False)
     >>> table = compare_normalizations(model, [torch.rand(2, 1, 3, 64, 64)], normalize=True)
     >>> [result.name for result in table]
-    ['l2', 'l1', 'max', 'std', 'none']
+    ['l2', 'l1', 'max', 'std', 'none', 'layer', 'instance', 'batch']
     """
     names = [check_normalization(name) for name in normalizations]
     if not names:

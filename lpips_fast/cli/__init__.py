@@ -26,6 +26,7 @@ from . import (
     analyze,
     argument_types,
     bench,
+    compress,
     dirs,
     evaluate,
     export,
@@ -70,6 +71,7 @@ COMMANDS: dict[str, Command] = {
     "info": info.COMMAND,
     "train": train.COMMAND,
     "evaluate": evaluate.COMMAND,
+    "compress": compress.COMMAND,
     "export": export.COMMAND,
 }
 

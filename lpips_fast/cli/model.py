@@ -9,8 +9,8 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from ..normalization import NORMALIZATIONS
-from ..trunk.table import TRUNKS, check_layers, trunk_spec
+from ..normalization import LEARNED, NORMALIZATIONS, depends_on_batch
+from ..trunk.table import TRUNKS, architecture, check_layers, trunk_spec
 from ..weights import load_trunk_weights, locate_trunk_weights, lpips_state_dict, read_state_dict
 from . import argument_types
 from .command import CommandError, is_quiet, tell
@@ -25,6 +25,10 @@ DTYPES = {
     "float16": torch.float16,
     "float64": torch.float64,
 }
+
+
+# Not those by which a pair's distance depends on what a command puts in a batch with it.
+_NORMALIZATIONS = (*(kind for kind in NORMALIZATIONS if not depends_on_batch(kind)), LEARNED)  # type: ignore[arg-type]
 
 
 def add_model_arguments(
@@ -59,9 +63,9 @@ def add_model_arguments(
     )
     parser.add_argument(
         "--normalization",
-        choices=tuple(NORMALIZATIONS),
+        choices=_NORMALIZATIONS,
         default="l2",
-        help="of the features, at every position over channels; LPIPS is l2 (default)",
+        help="of the features; LPIPS is l2 (default); learned: what train learned with it",
     )
     parser.add_argument(
         "--layers",
@@ -119,7 +123,13 @@ def load_model(options: argparse.Namespace) -> LPIPS:
         verbose=False,
         **model_options(options),
     )
+    _tell_if_narrow(model)
     return to_device(in_dtype(model, options), options.device)
+
+
+def _tell_if_narrow(model: LPIPS) -> None:
+    if model.net_name != architecture(model.net_name):
+        tell("note", f"the trunk is a narrow one, whose distances are not LPIPS: {model.net_name}")
 
 
 def _load_checkpoint(options: argparse.Namespace) -> LPIPS:
@@ -160,6 +170,7 @@ def _load_checkpoint(options: argparse.Namespace) -> LPIPS:
                 f"{options.checkpoint} holds only a part of trunk {options.net!r}: "
                 f"'net.{absent[0]}' is missing"
             )
+    _tell_if_narrow(model)
     return to_device(in_dtype(model, options), options.device)
 
 

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from .. import kernels
 from ..features import Features
-from ..trunk import TRUNKS, Trunk, compiled, tap_channels
+from ..trunk import Trunk, compiled, tap_channels
 from ..trunk.detached import call_detached
 from ..trunk.legality import (
     GLOBAL_HOOKS,
@@ -307,10 +307,6 @@ def scaling_fault(layer: nn.Module) -> Fault | None:
     return None
 
 
-# What the trunks have; ``model.chns`` is the user's to change, and nothing reads it in lpips.
-CHANNELS = {net: tap_channels(net) for net in TRUNKS}
-
-
 def _lin_as_built(channels: int, dropout: float | None) -> NetLinLayer:
     with torch.device("meta"):
         lin = NetLinLayer(channels, use_dropout=dropout is not None)
@@ -343,7 +339,7 @@ def _weights_as_built(model: LPIPS) -> list[Tensor] | None:
 @functools.cache
 def _lins_template(net: str, rates: tuple[float | None, ...]) -> Template:
     lins = nn.ModuleList()
-    for channels, rate in zip(CHANNELS[net], rates):
+    for channels, rate in zip(tap_channels(net), rates):
         lins.append(_lin_as_built(channels, rate))
     return Template(lins)
 
@@ -355,7 +351,8 @@ def lin_fault(model: LPIPS, layer: int) -> Fault | None:
     lin = lins._modules.get(str(layer)) if type(lins) is nn.ModuleList else lins[layer]
     dropout = _dropout(lin) if type(lin) is NetLinLayer else None
     rate = None if dropout is None else dropout.p
-    template = _lin_template(CHANNELS[model.net_name][layer], rate)
+    # Not model.chns, which is the user's to change, and nothing reads it in lpips.
+    template = _lin_template(tap_channels(model.net_name)[layer], rate)
     fault = module_fault(lin, template, []) or _class_fault(NetLinLayer)  # type: ignore[arg-type]
     if fault is None and dropout is not None and dropout.training and rate:
         return Fault("", "drops channels in training mode")

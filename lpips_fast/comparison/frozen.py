@@ -24,7 +24,7 @@ import torch
 from torch import Tensor, nn
 
 # What a checkpoint may hold of an LPIPS model, of whatever trunk.
-_OF_LPIPS = re.compile(r"(net|lin\d+|lins\.\d+|scaling_layer)\.")
+_OF_LPIPS = re.compile(r"(net|lin\d+|lins\.\d+|norms\.\d+|scaling_layer)\.")
 _ANY_POSITION = re.compile(r"^(?:lins\.|lin)(\d+)\.model\.\d+\.")
 
 

@@ -9,7 +9,9 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from ..weights import WeightsError, load_lin_weights, lpips_state_dict, read_state_dict
+from ..normalization import LEARNED
+from ..trunk import architecture, name_by_shapes
+from ..weights import WeightsError, load_lin_weights, load_trunk_and_linear_weights, narrow_name
 
 if TYPE_CHECKING:
     from ..lpips import LPIPS
@@ -37,9 +39,15 @@ def linear_weight(lin: NetLinLayer) -> Tensor:
 
 @torch.no_grad()
 def project_linear_weights(model: nn.Module) -> None:
-    """Takes the linear weights of an LPIPS model to the nearest that a distance allows, w >= 0."""
+    """Takes the linear weights of an LPIPS model to the nearest that a distance allows, w >= 0.
+
+    Shifts of a learned normalisation too.
+    """
     for lin in model.lins:  # type: ignore[union-attr]
         linear_weight(lin).clamp_(min=0)
+    if model.normalization == LEARNED:
+        for norm in model.norms:  # type: ignore[union-attr]
+            norm.project()
 
 
 def drops(lin: NetLinLayer) -> bool:
@@ -48,25 +56,53 @@ def drops(lin: NetLinLayer) -> bool:
     return isinstance(dropout, nn.Dropout) and dropout.training and dropout.p > 0
 
 
+def load_trunk(
+    net: str, weights: Any, learned: dict[str, Tensor] | None, *, is_random: bool
+) -> tuple[dict[str, Tensor] | None, dict[str, Tensor] | None, str]:
+    """A trunk's weights, the linear ones beside them, and its name, which says its widths.
+
+    Args:
+        net: as it is asked for.
+        weights: where from; ``None`` searches.
+        learned: the state dict of a checkpoint that will be loaded and may hold a trunk too.
+        is_random: none are wanted.
+
+    Raises:
+        WeightsError: they are of other widths than asked for, or not to be had.
+    """
+    held = net if learned is None else narrow_name(learned, net)
+    if held != net:  # the checkpoint's own trunk, which alone fits it
+        return None, None, held
+    if is_random:
+        return None, None, net
+    trunk, linear = load_trunk_and_linear_weights(architecture(net), weights)
+    found = name_by_shapes(architecture(net), {name: w.shape for name, w in trunk.items()})
+    if net not in (found, architecture(net)):
+        raise WeightsError(f"the weights are of the trunk {found!r}, and {net!r} was asked for")
+    return trunk, linear, found
+
+
 def load_linear_weights(
     model: LPIPS,
     model_path: str | os.PathLike[str] | None,
+    learned: dict[str, Tensor] | None,
     beside_trunk: dict[str, Tensor] | None,
     verbose: bool,
 ) -> None:
     """Loads what was learned: from a file, from the trunk's checkpoint, or from the package.
 
     Args:
-        model_path: a file of linear weights, or a whole checkpoint.
+        model_path, learned: a file of linear weights, or a whole checkpoint, and what it holds.
         beside_trunk: linear weights that the trunk's checkpoint holds too.
         verbose: print where they come from.
 
     Raises:
-        WeightsError: a layer's weights are missing, and would stay random without a word.
+        WeightsError: a layer's weights are missing, and would stay random without a word; or what
+            a normalisation learned is there and the model has another one, or is there in part.
     """
     net, version = model.net_name, model.version
-    if model_path is not None:
-        state_dict = lpips_state_dict(read_state_dict(model_path), net, str(model_path))
+    if model_path is not None and learned is not None:
+        state_dict = learned
         source = str(Path(model_path).resolve())
     elif beside_trunk is not None:
         state_dict = beside_trunk
@@ -76,6 +112,7 @@ def load_linear_weights(
         source = f"the linear weights of lpips {version}, packaged"
     if verbose:
         print(f"Loading model from: {source}")
+    _check_norms(model, state_dict, source)
     missing, _ = model.load_state_dict(state_dict, strict=False)
     # The same modules stand under two names; one of them is enough.
     without = [
@@ -87,6 +124,23 @@ def load_linear_weights(
         raise WeightsError(
             f"{source} holds no linear weights for trunk {net} "
             f"(missing {without[0]!r}); expected keys like 'lin0.model.1.weight'"
+        )
+
+
+def _check_norms(model: LPIPS, state_dict: dict[str, Tensor], source: str) -> None:
+    """Of a learned normalisation all is loaded, or nothing is there and it starts as l2."""
+    found = {key for key in state_dict if key.startswith("norms.")}
+    if not found:
+        return
+    if model.normalization != LEARNED:
+        raise WeightsError(
+            f"{source} holds weights that were learned with a normalisation of their own: load "
+            f"them with normalization={LEARNED!r}, not {model.normalization!r}"
+        )
+    absent = {f"norms.{key}" for key in model.norms.state_dict()} - found
+    if absent:
+        raise WeightsError(
+            f"{source} holds only a part of a learned normalisation: {min(absent)!r} is missing"
         )
 
 

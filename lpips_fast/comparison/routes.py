@@ -20,12 +20,13 @@ from .. import composed, functional, kernels
 from ..composed import accumulator_dtype
 from ..features import Features
 from ..inputs import check_same_size, common_batch
-from ..trunk import tap_shapes
+from ..normalization import LEARNED, Normalization, depends_on_batch
+from ..trunk import tap_channels, tap_shapes
 from ..trunk.legality import FastSlice
 from ..trunk.receptive_fields import receptive_fields
 from ..trunk.slice_node import as_images, slice_tap
 from . import gradient_scaling
-from .calls import CHANNELS, Call, is_unwatched, like_of, prepare_call, run, size_of
+from .calls import Call, is_unwatched, like_of, prepare_call, run, size_of
 from .masks import Mask
 from .slice_distance import slice_distance
 from .spatial import spatial_average, upsample
@@ -67,12 +68,13 @@ def layer_distances(
         return _with_scaled_gradients(call, in0, in1)
     batch = common_batch(*(x.shape[0] if isinstance(x, Tensor) else len(x) for x in (in0, in1)))
     limit = model.max_batch or batch
-    if batch <= limit or torch.is_grad_enabled():
+    is_whole = torch.is_grad_enabled() or depends_on_batch(model.normalization)
+    if batch <= limit or is_whole:
         try:
             return _layers(call, in0, in1)
         except RuntimeError as error:
             is_too_large = kernels.is_out_of_memory(error) and batch > 1
-            if torch.is_grad_enabled() or not is_too_large:
+            if is_whole or not is_too_large:
                 raise
             limit = (batch + 1) // 2
     parts = []
@@ -97,6 +99,8 @@ def _scales_gradients(call: Call, *arguments: Tensor | Features) -> bool:
     device, dtype = like_of(model).device, model.dtype or like_of(model).dtype
     if (kernels.autocast_dtype(device) or dtype) != torch.float16 or not is_unwatched(model):
         return False
+    if model.normalization == LEARNED and any(p.requires_grad for p in model.norms.parameters()):
+        return False  # its gradients would leave as they are inside
     return not any(isinstance(x, Features) and _needs_graph(call, x) for x in arguments)
 
 
@@ -272,7 +276,8 @@ def _slice_by_slice(
     model = call.model
     assert call.by_hand is not None
     layers = []
-    channels = [CHANNELS[model.net_name][k] for k in model.layers]
+    of_taps = tap_channels(model.net_name)
+    channels = [of_taps[k] for k in model.layers]
     weights = iter(channel_weights(call, x, model.layers, channels))
     keys = receptive_fields(call.by_hand[: len(targets)], as_images(x))
     of_positions: Iterator[Tensor | None] = itertools.repeat(None)
@@ -310,6 +315,15 @@ def compare(
     """
     model = call.model
     layers = model.layers[first : first + len(taps0)]
+    normalization: Normalization
+    if model.normalization == LEARNED:
+        norms = [model.norms[k] for k in layers]
+        taps0, taps1 = (
+            [run(model, norm, tap) for norm, tap in zip(norms, taps)] for taps in (taps0, taps1)
+        )
+        normalization = "none"  # any more
+    else:
+        normalization = model.normalization
     eps = composed.EPS
     of_positions = None
     if call.mask is not None:
@@ -319,7 +333,7 @@ def compare(
         maps = []
         for k, tap0, tap1 in zip(layers, taps0, taps1):
             normal0, normal1 = (
-                functional.normalize_features(tap, model.normalization) for tap in (tap0, tap1)
+                functional.normalize_features(tap, normalization) for tap in (tap0, tap1)
             )
             maps.append(run(model, model.lins[k], (normal0 - normal1) ** 2))
         return _of_maps(model, maps, of_positions, size)
@@ -328,13 +342,12 @@ def compare(
     weights = channel_weights(call, taps0[0], layers, [tap.shape[1] for tap in taps0])
     if not kernels.has_operators():
         maps = [
-            composed.distance_map(a, b, w, eps, model.normalization)
+            composed.distance_map(a, b, w, eps, normalization)
             for a, b, w in zip(taps0, taps1, weights)
         ]
         return _of_maps(model, maps, of_positions, size)
     pairs = [_broadcast(a, b) for a, b in zip(taps0, taps1)]
     taps0, taps1 = [a for a, _ in pairs], [b for _, b in pairs]
-    normalization = model.normalization
     if model.spatial:
         maps = functional.distance_map(taps0, taps1, weights, normalization=normalization)
         return [upsample(m, size) for m in maps]
@@ -355,8 +368,8 @@ def _of_fitting_taps(
     if taps0[0].shape[0] != taps1[0].shape[0]:
         pairs = [_broadcast(a, b) for a, b in zip(taps0, taps1)]
         taps0, taps1 = [a for a, _ in pairs], [b for _, b in pairs]
-    channels = [CHANNELS[call.model.net_name][k] for k in layers]
-    weights = channel_weights(call, taps0[0], layers, channels)
+    of_trunk = tap_channels(call.model.net_name)
+    weights = channel_weights(call, taps0[0], layers, [of_trunk[k] for k in layers])
     distances = kernels.fused_distance(
         list(taps0), list(taps1), weights, composed.EPS, of_positions
     )

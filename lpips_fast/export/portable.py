@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from .. import functional
 from ..lpips import LPIPS, upsample
+from ..normalization import LEARNED, LearnedNorm, Normalization, depends_on_batch
 from ..trunk.fire import FireModule
 from ..trunk.max_pool import padded_max_pool
 from ..trunk.table import tap_shapes
@@ -74,6 +75,9 @@ class PortableLPIPS(nn.Module):
         self.trunk_layers = nn.ModuleList(
             _plain_slice(block) for block in model.net.slices()[: self.layers[-1] + 1]
         )
+        self.norms = nn.ModuleDict()
+        if model.normalization == LEARNED:
+            self.norms.update({str(k): _plain_norm(model.norms[k]) for k in self.layers})
         for k in self.layers:
             weight = model.layer_weight(k).detach().cpu().clone()
             self.register_buffer(f"weight{k}", weight)
@@ -97,22 +101,32 @@ class PortableLPIPS(nn.Module):
             x = layers(x)
             if k not in self.layers:
                 continue
-            part = self._distance(x, batch, getattr(self, f"weight{k}"))
+            part = self._distance(x, batch, k)
             if self.spatial:
                 part = upsample(part, (height, width))
             total = part if total is None else total + part
         assert total is not None
         return total
 
-    def _distance(self, tap: Tensor, batch: int, weight: Tensor) -> Tensor:
+    def _distance(self, tap: Tensor, batch: int, layer: int) -> Tensor:
         """One layer's distances (N,) or maps (N, 1, h, w), from the tap of both images."""
+        weight = getattr(self, f"weight{layer}")
+        normalization: Normalization
+        if self.normalization == LEARNED:
+            tap, normalization = self.norms[str(layer)](tap), "none"
+        else:
+            normalization = self.normalization
         if self.fused:
-            pair, options = ([tap[:batch]], [tap[batch:]], [weight]), self.normalization
+            pair, options = ([tap[:batch]], [tap[batch:]], [weight]), normalization
             if self.spatial:
                 return functional.distance_map(*pair, normalization=options)[0]
             return functional.distance(*pair, normalization=options)[:, 0]
         # composed.distance_map, with both images normalised at once: half as many nodes.
-        normal = functional.normalize_features(tap, self.normalization)
+        if depends_on_batch(normalization):
+            sides = (tap[:batch], tap[batch:])
+            normal = torch.cat([functional.normalize_features(x, normalization) for x in sides])
+        else:
+            normal = functional.normalize_features(tap, normalization)
         difference = normal[:batch] - normal[batch:]
         weighted = weight.view(1, -1, 1, 1) * difference**2
         distance_map = torch.sum(weighted, dim=1, keepdim=True)
@@ -141,6 +155,13 @@ class _PaddedMaxPool(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         return padded_max_pool(x, self.kernel, self.stride, value=0.0)
+
+
+def _plain_norm(norm: nn.Module) -> LearnedNorm:
+    assert isinstance(norm, LearnedNorm)
+    plain = LearnedNorm(norm.channels)
+    plain.load_state_dict({name: p.detach().cpu() for name, p in norm.named_parameters()})
+    return plain
 
 
 def _plain_slice(block: nn.Module) -> nn.Sequential:

@@ -31,6 +31,7 @@ from ..images.files import Fingerprint, quoted
 from ..images.masks import read_mask
 from ..images.reading import Alpha, ImageError, read_pixels
 from ..images.resizing import Preprocessing
+from ..trunk import architecture
 from .measures import Batch, Distance, Measure
 from .pairing import Pair
 
@@ -153,7 +154,8 @@ class Evaluation:
         self.batch = batch
         self.workers = workers or default_workers()
         bytes_per_pixel = max(
-            (_BYTES_PER_PIXEL.get(model.net_name, 1050) for model in models), default=100
+            (_BYTES_PER_PIXEL.get(architecture(model.net_name), 1050) for model in models),
+            default=100,
         )
         # One at a time on a GPU: it runs one after the other anyway, and memory is scarcer.
         pixels = 0 if self.device.type != "cpu" else _physical_memory() // 2 // bytes_per_pixel

@@ -18,6 +18,7 @@ from torch import Tensor
 from .. import fidelity
 from ..comparison.masks import MaskMode
 from ..images.reading import image_to_tensor
+from ..normalization import depends_on_batch
 from ..trunk.table import trunk_spec
 
 if TYPE_CHECKING:
@@ -156,6 +157,11 @@ class Distance:
             raise ValueError(
                 "an evaluation needs one distance a pair: models with spatial=False and "
                 "reduction='none'"
+            )
+        if depends_on_batch(model.normalization):
+            raise ValueError(
+                f"with normalization={model.normalization!r} a pair's distance depends on the "
+                "pairs beside it, which are here together as it happens: measure with 'instance'"
             )
         self.model = model
         self.per_layer = per_layer

@@ -20,7 +20,14 @@ from torch import Tensor
 from tqdm import tqdm
 
 from .. import composed, kernels
-from ..normalization import EPS, Normalization, check_normalization, normalize_features
+from ..normalization import (
+    EPS,
+    LEARNED,
+    Normalization,
+    check_normalization,
+    depends_on_batch,
+    normalize_features,
+)
 from ..weights import WeightsError
 from .datasets import load_batches
 
@@ -165,7 +172,16 @@ def cache_triplets(
         workers: processes that read images.
         deviations: also what dropout needs.
         progress: label of a progress bar; ``None`` shows none.
+
+    Raises:
+        ValueError: a normalisation that learns, or that depends on the batch.
     """
+    normalization = model.normalization
+    if normalization == LEARNED or depends_on_batch(normalization):
+        raise ValueError(
+            f"nothing can be kept for linear weights with normalization={normalization!r}, which "
+            "learns beside them or depends on the batch"
+        )
     size, channels = len(dataset), sum(model.chns[layer] for layer in model.layers)
     means = model.scaling_layer.shift.new_empty((2, size, channels))
     spread = torch.empty_like(means) if deviations else None
@@ -179,7 +195,7 @@ def cache_triplets(
             features = model.encode(torch.cat((batch["ref"], batch["p0"], batch["p1"])))
             ref, *patches = (features[k * count : (k + 1) * count] for k in range(3))
             for side, patch in enumerate(patches):
-                pair = (ref.taps, patch.taps, model.normalization)
+                pair = (ref.taps, patch.taps, normalization)
                 means[side, rows] = torch.cat(channel_means(*pair), dim=1)
                 if spread is not None:
                     moved = dropout_deviations(*pair)

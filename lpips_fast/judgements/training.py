@@ -45,7 +45,7 @@ from tqdm import tqdm
 from ..comparison.linear import linear_weight, project_linear_weights
 from ..compat import BCERankingLoss
 from ..lpips import LPIPS, Net, Version
-from ..normalization import Normalization
+from ..normalization import LEARNED, ModelNormalization, depends_on_batch
 from ..weights import read_state_dict
 from .cached_triplets import CachedTriplets, cache_triplets
 from .datasets import load_batches
@@ -180,7 +180,7 @@ def new_model(
     random_trunk: bool = False,
     version: str = "0.1",
     seed: int = 0,
-    normalization: Normalization = "l2",
+    normalization: ModelNormalization = "l2",
     layers: Sequence[int] | None = None,
 ) -> LPIPS:
     """An LPIPS model to be trained.
@@ -302,8 +302,14 @@ class Trainer:
 
     @property
     def caches(self) -> bool:
-        """Whether epochs are spared the trunk."""
-        return self.options.cache and not self._learns_trunk
+        """Whether epochs are spared the trunk.
+
+        Not where the normalisation learns too, or mixes the images of a batch: then what linear
+        weights are given changes from one epoch to the next.
+        """
+        normalization = self.model.normalization
+        is_fixed = normalization != LEARNED and not depends_on_batch(normalization)
+        return self.options.cache and is_fixed and not self._learns_trunk
 
     def train_epoch(self) -> EpochRecord:
         """Train for one more epoch, score the validation sets, and add to :attr:`history`.

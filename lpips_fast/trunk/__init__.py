@@ -14,12 +14,15 @@ from .table import (
     MaxPool,
     ReLU,
     TrunkSpec,
+    architecture,
     check_layers,
     feature_shapes,
     minimum_size,
+    name_by_shapes,
     tap_channels,
     tap_shapes,
     trunk_spec,
+    with_widths,
 )
 
 __all__ = [
@@ -31,10 +34,13 @@ __all__ = [
     "ReLU",
     "Trunk",
     "TrunkSpec",
+    "architecture",
     "check_layers",
     "feature_shapes",
     "minimum_size",
+    "name_by_shapes",
     "tap_channels",
     "tap_shapes",
     "trunk_spec",
+    "with_widths",
 ]

@@ -21,7 +21,7 @@ from .layers import make_layer
 from .legality import LEARNS, FastSlice, Fault
 from .receptive_fields import receptive_fields
 from .slice_node import as_images, slice_tap
-from .table import IMAGE_CHANNELS, TRUNKS, trunk_spec
+from .table import IMAGE_CHANNELS, trunk_spec
 
 
 def _holds_no_numbers(block: nn.Module) -> bool:
@@ -35,7 +35,7 @@ class Trunk(nn.Module):
     """A frozen convolutional network that returns its taps.
 
     Args:
-        net: a key of :data:`TRUNKS`.
+        net: a key of :data:`TRUNKS`, or the name of a narrow one.
         state_dict: ``features.N.…`` weights with torchvision's names
             (:func:`lpips_fast.weights.load_trunk_weights`), or ``None`` for random ones, drawn as
             torchvision draws them.
@@ -185,5 +185,5 @@ def _checkpoint(function: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
 def _restore_trunk(cls: type[Trunk], state: dict[str, Any]) -> Trunk:
     trunk = cls.__new__(cls)
     trunk.__dict__.update(state)
-    trunk._outputs = namedtuple("TrunkOutputs", TRUNKS[trunk.net_name].taps)  # type: ignore[misc]
+    trunk._outputs = namedtuple("TrunkOutputs", trunk_spec(trunk.net_name).taps)  # type: ignore[misc]
     return trunk

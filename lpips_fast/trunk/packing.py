@@ -141,8 +141,12 @@ def packed_weight(weight: Tensor) -> PackedWeight:
     found = _PACKED.get(address)
     if found is not None and found.is_of(weight):
         return found
-    for stale in [a for a, packed in list(_PACKED.items()) if packed._storage.expired()]:
-        _PACKED.pop(stale, None)
+    # A copy of the keys alone, which makes no object: else garbage is collected meanwhile, and
+    # finalizers take entries out.
+    for other in list(_PACKED):
+        held = _PACKED.get(other)
+        if held is not None and held._storage.expired():
+            _PACKED.pop(other, None)
     packed = PackedWeight(weight)
     packed.finalizer = _when_gone(weight, _forget, address, weakref.ref(packed))
     if found is not None and found.finalizer is not None:

@@ -17,7 +17,7 @@ from torch import Tensor
 from ..kernels.receptive_fields import CONVOLUTION, FIRE, POOLING
 from .legality import FastSlice, Fault
 from .slices import slice_layers
-from .table import TRUNKS, Conv, Fire, MaxPool
+from .table import TRUNKS, Conv, Fire, MaxPool, architecture
 
 
 def receptive_fields(slices: Sequence[FastSlice | Fault], x: Tensor) -> list[list[Tensor]]:
@@ -39,7 +39,7 @@ def receptive_fields(slices: Sequence[FastSlice | Fault], x: Tensor) -> list[lis
         return nothing
     first = slices[0]
     assert isinstance(first, FastSlice)
-    geometry, poolings = _GEOMETRY[first.net][by_hand]
+    geometry, poolings = _GEOMETRY[architecture(first.net)][by_hand]
     if not geometry:
         return nothing
     keys = iter(torch.ops.lpips_fast.receptive_fields(x.detach(), geometry))

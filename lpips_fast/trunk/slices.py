@@ -20,7 +20,7 @@ from . import convolution, cuda_convolution, fire
 from .convolution import Convolution
 from .fire import FireConvolutions
 from .packing import PackedWeight, packed_weights
-from .table import TRUNKS, Conv, Fire, Layer, MaxPool, ReLU, TrunkSpec
+from .table import TRUNKS, Conv, Fire, Layer, MaxPool, ReLU, TrunkSpec, architecture
 
 
 def _layers_of_slices(spec: TrunkSpec) -> list[tuple[Layer, ...]]:
@@ -37,8 +37,11 @@ _LAYERS = {net: _layers_of_slices(spec) for net, spec in TRUNKS.items()}
 
 
 def slice_layers(net: str, number: int) -> tuple[Layer, ...]:
-    """The layers of slice ``number`` (from 1) of a trunk, ReLUs behind convolutions left out."""
-    return _LAYERS[net][number - 1]
+    """The layers of slice ``number`` (from 1) of a trunk, ReLUs behind convolutions left out.
+
+    A narrow trunk's have the table's numbers of channels: what runs takes those of the weights.
+    """
+    return _LAYERS[architecture(net)][number - 1]
 
 
 def plain(layers: Sequence[Layer], parameters: Sequence[Tensor], x: Tensor) -> Tensor:

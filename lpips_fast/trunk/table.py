@@ -3,13 +3,18 @@
 A trunk is the convolutional part of an ImageNet classifier; a tap is a ReLU output that LPIPS
 compares. The layers and their indices are torchvision's, so that its checkpoints load. A new trunk
 is one more entry in :data:`TRUNKS`.
+
+A narrow trunk has the layers of one of these with other numbers of channels, its widths, and a name
+that says so: ``alex:32,96,192,128,128`` are AlexNet's five convolutions, and ``16/64`` among those
+of SqueezeNet is a fire module's. Wherever a trunk's name goes, a narrow one's does.
 """
 
 from __future__ import annotations
 
+import dataclasses
 import itertools
 import operator
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -104,11 +109,112 @@ TRUNKS: dict[str, TrunkSpec] = {
 }
 
 
+def architecture(net: str) -> str:
+    """The key of :data:`TRUNKS` whose layers a trunk has.
+
+    >>> architecture("alex:32,96,192,128,128"), architecture("vgg")
+    ('alex', 'vgg')
+    """
+    return net.partition(":")[0]
+
+
+# Entries made of names; not cached functions, which torch.compile warns of.
+_NARROW: dict[str, TrunkSpec] = {}
+_CHANNELS: dict[str, tuple[int, ...]] = {}
+
+
 def trunk_spec(net: str) -> TrunkSpec:
     """The table entry of a trunk; a ValueError names the trunks there are."""
-    if net not in TRUNKS:
+    spec = TRUNKS.get(net) or _NARROW.get(net)
+    if spec is None:
+        spec = _NARROW[net] = _narrow_spec(net)
+    return spec
+
+
+def _narrow_spec(net: str) -> TrunkSpec:
+    name, _, text = net.partition(":")
+    if name not in TRUNKS:
         raise ValueError(f"unknown trunk {net!r}; expected one of {', '.join(TRUNKS)}")
-    return TRUNKS[net]
+    spec, widths = TRUNKS[name], text.split(",")
+    convolutions = [k for k, layer in enumerate(spec.layers) if isinstance(layer, (Conv, Fire))]
+    layers = list(spec.layers)
+    for k, width in zip(convolutions, widths):
+        numbers = [int(n) if n.isascii() and n.isdecimal() else 0 for n in width.split("/")]
+        layer = layers[k]
+        if isinstance(layer, Conv) and len(numbers) == 1:
+            layers[k] = layer._replace(channels=numbers[0])
+        elif isinstance(layer, Fire) and len(numbers) == 2:
+            layers[k] = Fire(*numbers)
+        else:
+            numbers = [0]
+        if min(numbers) < 1:
+            raise ValueError(f"unknown trunk {net!r}: its widths are like those of {_table(name)}")
+    if len(widths) != len(convolutions) or net != with_widths(name, layers):
+        raise ValueError(f"unknown trunk {net!r}: its widths are like those of {_table(name)}")
+    return dataclasses.replace(spec, layers=tuple(layers))
+
+
+def _table(name: str) -> str:
+    return f"{name}:{_widths(TRUNKS[name].layers)}"
+
+
+def _widths(layers: Iterable[Layer]) -> str:
+    texts = []
+    for layer in layers:
+        match layer:
+            case Conv():
+                texts.append(str(layer.channels))
+            case Fire():
+                texts.append(f"{layer.squeeze}/{layer.expand}")
+    return ",".join(texts)
+
+
+def with_widths(net: str, layers: Iterable[Layer]) -> str:
+    """The name of the trunk whose layers are such; the table's own, where they are as there.
+
+    >>> with_widths("alex", [Conv(n, 3) for n in (32, 96, 192, 128, 128)])
+    'alex:32,96,192,128,128'
+    >>> with_widths("alex", TRUNKS["alex"].layers)
+    'alex'
+    """
+    name = architecture(net)
+    named = f"{name}:{_widths(layers)}"
+    return name if named == _table(name) else named
+
+
+def name_by_shapes(net: str, shapes: Mapping[str, Sequence[int]]) -> str:
+    """The name of the trunk whose weights have such shapes, or ``net`` where none has.
+
+    Args:
+        net: whose layers it has.
+        shapes: of its weights and biases, with torchvision's names.
+
+    >>> name_by_shapes("alex", feature_shapes("alex:32,96,192,128,128"))
+    'alex:32,96,192,128,128'
+    """
+    layers = []
+    for index, layer in enumerate(trunk_spec(net).layers):
+        match layer:
+            case Conv():
+                weight = shapes.get(f"features.{index}.weight", ())
+                if len(weight) != 4:
+                    return net
+                layer = layer._replace(channels=weight[0])
+            case Fire():
+                squeeze, expand = (
+                    shapes.get(f"features.{index}.{part}.weight", ())
+                    for part in ("squeeze", "expand1x1")
+                )
+                if len(squeeze) != 4 or len(expand) != 4:
+                    return net
+                layer = Fire(squeeze[0], expand[0])
+        layers.append(layer)
+    name = with_widths(net, layers)
+    if not all(min(numbers) > 0 for numbers in shapes.values()):
+        return net
+    expected = feature_shapes(name)
+    fits = all(tuple(shapes.get(key, ())) == shape for key, shape in expected.items())
+    return name if fits else net
 
 
 def feature_shapes(net: str) -> dict[str, tuple[int, ...]]:
@@ -156,11 +262,13 @@ def tap_channels(net: str) -> list[int]:
     >>> tap_channels("squeeze")
     [64, 128, 256, 384, 384, 512, 512]
     """
-    spec, channels, per_layer = trunk_spec(net), IMAGE_CHANNELS, []
-    for layer in spec.layers:
-        channels = _output_channels(layer, channels)
-        per_layer.append(channels)
-    return [per_layer[index] for index in spec.taps.values()]
+    if net not in _CHANNELS:
+        spec, channels, per_layer = trunk_spec(net), IMAGE_CHANNELS, []
+        for layer in spec.layers:
+            channels = _output_channels(layer, channels)
+            per_layer.append(channels)
+        _CHANNELS[net] = tuple(per_layer[index] for index in spec.taps.values())
+    return list(_CHANNELS[net])
 
 
 def output_size(layer: Layer, size: int) -> int:

@@ -14,7 +14,7 @@ Two more environment variables: ``LPIPS_FAST_MIRROR`` replaces the official base
 from the package, the cache or the network is believed by its digest alone.
 """
 
-from .checkpoints import lpips_state_dict
+from .checkpoints import lpips_state_dict, narrow_name
 from .digests import features_digest
 from .download import MIRROR_VARIABLE
 from .errors import WeightsError, WeightsNotFoundError
@@ -46,5 +46,6 @@ __all__ = [
     "load_trunk_weights",
     "locate_trunk_weights",
     "lpips_state_dict",
+    "narrow_name",
     "read_state_dict",
 ]

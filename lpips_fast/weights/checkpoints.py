@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..trunk.table import feature_shapes, tap_channels, trunk_spec
+from ..trunk.table import feature_shapes, name_by_shapes, tap_channels, trunk_spec
 from .errors import WeightsError
 from .sources import TRUNK_SOURCES, listed
 
@@ -35,7 +35,8 @@ _FEATURE = re.compile(
 )
 _LIN = re.compile(r"(?P<prefix>(?:.+?\.)??)(?:lin|lins\.)(?P<layer>\d+)\.model\.[01]\.weight")
 _SLICE = re.compile(r"(?P<prefix>(?:.+?\.)??)net\.slice\d+\..+")
-_OF_LPIPS = re.compile(r"(?:lin\d+|lins\.\d+|net|scaling_layer|features)\..+")
+_NORM = re.compile(r"(?P<prefix>(?:.+?\.)??)norms\.\d+\.(?:log_scale|shift)")
+_OF_LPIPS = re.compile(r"(?:lin\d+|lins\.\d+|norms\.\d+|net|scaling_layer|features)\..+")
 
 
 def trunk_features(state: object, net: str, origin: str) -> dict[str, Tensor]:
@@ -47,7 +48,8 @@ def trunk_features(state: object, net: str, origin: str) -> dict[str, Tensor]:
         origin: what the checkpoint is called in an error's message.
 
     Returns:
-        ``features.N.weight`` and ``features.N.bias``: fresh, contiguous, float32, on the CPU.
+        ``features.N.weight`` and ``features.N.bias``: fresh, contiguous, float32, on the CPU. Their
+        widths are those of the checkpoint: :func:`lpips_fast.trunk.name_by_shapes` names the trunk.
 
     Raises:
         WeightsError: they are missing, of another shape, no plain dense tensors, not finite, or
@@ -61,11 +63,26 @@ def trunk_and_linear_weights(
 ) -> tuple[dict[str, Tensor], dict[str, Tensor] | None]:
     """:func:`trunk_features`, and the linear weights that lie beside them, or ``None``.
 
-    The linear weights are named as those of :func:`lpips_fast.weights.load_lin_weights`.
+    The linear weights are named as those of :func:`lpips_fast.weights.load_lin_weights`; what a
+    learned normalisation learned with them is among them, ``norms.K.log_scale`` and so on.
     """
     flat = _flat(state, f"the {net!r} trunk", origin)
     prefix, features = _trunk_features(flat, net, origin)
-    return features, _linear_weights(flat, net, origin, prefix)
+    narrow = name_by_shapes(net, {name: value.shape for name, value in features.items()})
+    return features, _linear_weights(flat, narrow, origin, prefix)
+
+
+def narrow_name(state: Mapping[str, Tensor], net: str) -> str:
+    """The name of the trunk in the state dict of an LPIPS module: a narrow one's, or ``net``.
+
+    Args:
+        state: of :func:`lpips_state_dict`.
+    """
+    shapes = {}
+    for key, value in state.items():
+        if match := _FEATURE.fullmatch(key):
+            shapes[f"features.{match['name']}"] = tuple(value.shape)
+    return name_by_shapes(net, shapes)
 
 
 def lpips_state_dict(checkpoint: object, net: str, origin: str) -> dict[str, Tensor]:
@@ -181,7 +198,8 @@ def _trunk_features(
             group[name] = value
 
     expected = feature_shapes(net)
-    whole = {p: g for p, g in groups.items() if _first_problem(g, expected) is None}
+    narrow = {prefix: _expected(group, net) for prefix, group in groups.items()}
+    whole = {p: g for p, g in groups.items() if _first_problem(g, narrow[p]) is None}
     if not whole:
         # Of several, the one that comes nearest is spoken of.
         nearest = max(groups.values(), key=lambda g: len(g.keys() & expected.keys()), default={})
@@ -191,6 +209,13 @@ def _trunk_features(
         )
     prefix = _the_one(whole, f"the {net!r} trunk", origin)
     return prefix, {name: _plain(whole[prefix][name], name, origin) for name in expected}
+
+
+def _expected(features: Mapping[str, Any], net: str) -> dict[str, tuple[int, ...]]:
+    """The shapes of the narrow trunk that weights are of; of the whole one, where of none."""
+    plain = {name: value for name, value in features.items() if _unfit(value, look=False) is None}
+    shapes = {name: tuple(value.shape) for name, value in plain.items()}
+    return feature_shapes(name_by_shapes(net, shapes))
 
 
 def _first_problem(
@@ -266,6 +291,13 @@ def _linear_weights(
                 f"{origin} holds no linear weights of the {net!r} trunk: {name!r} {problem}"
             )
         result[name] = _plain(weights[name], name, origin)
+    for key, value in flat.items():
+        if (match := _NORM.fullmatch(key)) and match["prefix"] == prefix:
+            problem = _unfit(value, (1,))
+            if problem is not None:
+                raise WeightsError(f"{origin} cannot be loaded: {key!r} {problem}")
+            name = key.removeprefix(prefix)
+            result[name] = _plain(value, name, origin)
     return result
 
 

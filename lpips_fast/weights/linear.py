@@ -7,6 +7,7 @@ from pathlib import Path
 import safetensors.torch
 from torch import Tensor
 
+from ..trunk.table import architecture
 from .errors import WeightsError
 from .sources import listed, trunk_source
 
@@ -38,6 +39,11 @@ def load_lin_weights(net: str, version: str) -> dict[str, Tensor]:
         >>> weights["lin1.model.1.weight"].shape
         torch.Size([1, 192, 1, 1])
     """
+    if isinstance(net, str) and net != architecture(net):
+        raise WeightsError(
+            f"the trunk {net!r} has no linear weights of its own but those that lie beside it in "
+            "its checkpoint, and there are none: give a checkpoint of the whole model"
+        )
     trunk_source(net)
     if version not in LIN_VERSIONS:
         raise ValueError(f"version={version!r} is unknown: use one of {listed(LIN_VERSIONS)}")

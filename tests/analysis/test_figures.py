@@ -24,8 +24,11 @@ from lpips_fast.analysis.parts import (
     layer_maps,
     layer_names,
 )
+from lpips_fast.normalization import NORMALIZATIONS
 
 matplotlib = pytest.importorskip("matplotlib", reason="drawing needs Matplotlib")
+
+KINDS = tuple(NORMALIZATIONS)
 
 Figure = Any
 
@@ -99,7 +102,7 @@ class TestNormalizations:
         words = words_of(figure)
         for wanted in ("before", "l2: a / (sqrt(sum a²) + eps)", "relu7", "Features of a $file$"):
             assert wanted in words
-        assert words.count("L2 norm of the channel vector") == 5
+        assert words.count("L2 norm of the channel vector") == len(KINDS)
 
     def test_the_histograms_and_norms(self, model: LPIPS, images: Tensor) -> None:
         features = model.encode(images).detach()
@@ -156,9 +159,9 @@ class TestTable:
         l2 = table["l2"]
         np.testing.assert_allclose(first, np.array(l2.distances) / l2.mean)
         widths = [bar.get_width() for bar in right.patches]
-        assert len(widths) == 5 * 7
-        assert sum(widths[::5]) == pytest.approx(100)  # the first row of each layer
-        np.testing.assert_allclose(widths[::5], 100 * np.array(l2.layer_means) / l2.mean)
+        assert len(widths) == len(KINDS) * 7
+        assert sum(widths[:: len(KINDS)]) == pytest.approx(100)  # the first row of each layer
+        np.testing.assert_allclose(widths[:: len(KINDS)], 100 * np.array(l2.layer_means) / l2.mean)
 
     def test_one_pair(self, model: LPIPS, images: Tensor) -> None:
         table = compare_normalizations(model, [(images[:1], images[1:2])])

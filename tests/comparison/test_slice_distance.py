@@ -146,7 +146,9 @@ class TestInTheModel:
         _, expected = gradients(model, image, target)
         with torch.autocast("cpu", torch.bfloat16):
             _, got = gradients(model, image, target)
-        assert_same(got, expected, 0.2)  # of 8 bits
+            _, plain = gradients(layer_by_layer(model), image, target)
+        for g, p, e in zip(got, plain, expected):  # of 8 bits: as near as the modules come
+            assert (g - e).norm() <= 1.5 * (p - e).norm() + 0.05 * e.norm()
 
     @pytest.mark.parametrize("spatial", [False, True])
     @pytest.mark.parametrize("size", [(64, 64), (131, 197)], ids=str)
@@ -184,7 +186,8 @@ class TestInTheModel:
                 x = image.clone().requires_grad_()
                 each(x, target, retPerLayer=True)[1][k].sum().backward()
                 results.append(x.grad)
-            assert_same(results[:1], results[1:])
+            # A ReLU or a window may switch within rounding; a wrong layer would be all wrong.
+            assert_same(results[:1], results[1:], 0.05)
 
     def test_half_precision(self, model):
         half = copy.deepcopy(model)
@@ -200,7 +203,7 @@ class TestInTheModel:
         image, target = image_pair(3, 64, 64, torch.float32, seed=torch.seed() % 2**31)
         _, got = gradients(model, image[:1], target)
         _, expected = gradients(layer_by_layer(model), image[:1], target)
-        assert_same(got, expected)
+        assert_same(got, expected, 0.05)  # as above
 
     def test_second_derivative(self, model):
         # It jumps where a ReLU or a window changes its mind, which rounding decides in one pair of

@@ -9,6 +9,7 @@ import torch
 
 import lpips_fast
 from lpips_fast import export
+from lpips_fast.export import exporters
 from lpips_fast.export.exported import check_exported, load_exported
 
 TOLERANCE = 1e-5
@@ -188,7 +189,7 @@ def test_coreml_is_written_in_float32(exportable, tmp_path):
     spec = coremltools.utils.load_spec(str(tmp_path / "m.mlpackage"))
     assert [i.name for i in spec.description.input] == ["in0", "in1"]
     assert [o.name for o in spec.description.output] == ["distance"]
-    made = spec.description.metadata.userDefined[export.RECORD_KEY]
+    made = spec.description.metadata.userDefined[exporters.RECORD_KEY]
     assert export.Record.from_json(made) == record
     block = next(iter(spec.mlProgram.functions["main"].block_specializations.values()))
     types = {output.type.tensorType.dataType for op in block.operations for output in op.outputs}

@@ -7,6 +7,7 @@ import errno
 import json
 import os
 import shutil
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from types import ModuleType
@@ -379,9 +380,15 @@ def test_an_epoch_is_saved_when_it_is_time(
 
 
 def test_progress_is_shown(
-    items: list[toy.Item], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    items: list[toy.Item],
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    Trainer(model(), items, SHORT).run(tmp_path, curve=False)
+    Trainer(model(), items, SHORT).run(tmp_path / "unseen", curve=False)
+    assert capsys.readouterr() == ("", "")  # where nobody looks
+    monkeypatch.setattr(type(sys.stderr), "isatty", lambda self: True, raising=False)
+    Trainer(model(), items, SHORT).run(tmp_path / "seen", curve=False)
     out, err = capsys.readouterr()
     assert out == ""
     assert "epoch 3/3" in err and "30/30" in err and "loss=" in err

@@ -46,6 +46,7 @@ def test_download(
 ) -> None:
     monkeypatch.setenv("LPIPS_FAST_MIRROR", mirror.address + slash)
     mirror.offer(official)
+    monkeypatch.setattr(type(sys.stderr), "isatty", lambda self: True, raising=False)
     assert_same(load_trunk_weights(NET), features)
     assert (hub / FILENAME).read_bytes() == official
     assert_nothing_partial(hub)
