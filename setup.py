@@ -209,13 +209,13 @@ def cxx_compiler() -> list[str]:
     if shutil.which(command[0]) is None:
         sys.exit(
             f"lpips_fast is compiled, and there is no compiler {command[0]!r}: install one for "
-            "C++20 (GCC 10, Clang 12 or later), name it in CXX, or install a wheel"
+            "C++20 (GCC 10, Clang 14 or later), name it in CXX, or install a wheel"
         )
     probe = "#if __cplusplus <= 201703L\n#error\n#endif\n#include <concepts>\n"
     options = ["-std=c++20", "-fsyntax-only", "-x", "c++", "-"]
     if subprocess.run([*command, *options], input=probe, text=True, capture_output=True).returncode:
         sys.exit(
-            f"lpips_fast needs a compiler for C++20 (GCC 10, Clang 12 or later), and {command[0]} "
+            f"lpips_fast needs a compiler for C++20 (GCC 10, Clang 14 or later), and {command[0]} "
             f"is {compiler_version(command)}: name another in CXX"
         )
     return command
