@@ -6,9 +6,9 @@
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
-SOURCES := setup.py ninja_build.py pyproject.toml $(shell find csrc -type f)
+SOURCES := setup.py ninja_build.py cuda_toolkit.py pyproject.toml $(shell find csrc -type f)
 
-.PHONY: demo test lint docs sanitize cuda-compile gpu-check parity bench clean
+.PHONY: demo test lint docs wheels sanitize arm cuda-compile gpu-check parity bench clean
 
 demo: $(VENV)/.built
 	$(BIN)/python examples/demo.py
@@ -25,6 +25,12 @@ lint: $(VENV)/.built
 	$(BIN)/mypy
 	$(BIN)/clang-format --dry-run --Werror $$(git ls-files 'csrc/*' 'tests/*' | grep -E '\.(h|cpp|cu|cuh)$$')
 
+# A wheel in dist/ as it would be published, audited, and used where there is no compiler. With
+# WHEEL=--audit-if-there also where the tools for the audit cannot be had, saying so.
+wheels: $(VENV)/.built
+	$(BIN)/python -m pip install --quiet "lpips-fast[wheels]" || echo "pip cannot install the tools"
+	$(BIN)/python scripts/make_wheel.py $(WHEEL)
+
 sanitize: $(VENV)/.built
 	$(BIN)/python scripts/sanitize.py
 
@@ -32,6 +38,9 @@ docs: $(VENV)/.built
 	$(BIN)/python -m pip install --quiet "lpips-fast[docs]"
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet
 	@echo "built: site/index.html"
+
+arm: $(VENV)/.built
+	$(BIN)/python scripts/check_arm.py || [ $$? -eq 77 ]  # 77: no cross compiler or no emulator
 
 cuda-compile: $(VENV)/.built
 	$(BIN)/python scripts/check_cuda_compile.py || [ $$? -eq 77 ]  # 77: there is no CUDA toolkit
@@ -59,4 +68,4 @@ $(VENV)/.built: $(VENV)/.torch $(SOURCES)
 	touch $@
 
 clean:
-	rm -rf $(VENV) build site demo_output *.egg-info lpips_fast/kernels/*.so
+	rm -rf $(VENV) build dist site demo_output *.egg-info lpips_fast/kernels/*.so

@@ -7,6 +7,7 @@ Without ninja everything is made anew, several files at a time all the same.
 
 from __future__ import annotations
 
+import fcntl
 import os
 import shlex
 import shutil
@@ -88,9 +89,12 @@ def run(
         run_all(compilations, linkings, is_quiet)
         return
     graph = folder / "build.ninja"
-    graph.write_text(ninja_file(folder, compilations, linkings))
     command = [ninja, "-f", str(graph), "-j", str(jobs()), *(["--quiet"] if is_quiet else [])]
-    if subprocess.run(command).returncode != 0:
+    with open(folder / "lock", "w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)  # two at once would spoil what ninja remembers
+        graph.write_text(ninja_file(folder, compilations, linkings))
+        failed = subprocess.run(command).returncode != 0
+    if failed:
         sys.exit("the compiled part of lpips_fast was not built: see the first error above")
 
 

@@ -20,29 +20,40 @@ import os
 import platform
 import shlex
 import shutil
+import site
 import subprocess
 import sys
 import sysconfig
 from pathlib import Path
 
+import setuptools
 from setuptools import Extension, setup
+
+ROOT = Path(__file__).resolve().parent
+if (ROOT / "pyproject.toml").exists() and int(setuptools.__version__.split(".")[0]) < 77:
+    # Older ones take the licence of pyproject.toml for an error, and say so on two pages.
+    sys.exit(
+        f"lpips_fast is built with setuptools 77 or later, and this is {setuptools.__version__}: "
+        'pip install --upgrade "setuptools>=77"'
+    )
 
 try:
     import torch
 except ImportError:
     # An isolated build hides the environment that it installs into, and with it the one torch that
     # will load the extension. Look there: to build against any other would be the mistake.
-    sys.path += [sysconfig.get_path("purelib"), sysconfig.get_path("platlib")]
+    sys.path += site.getsitepackages()
     try:
         import torch
     except ImportError:
         sys.exit(
             "lpips_fast is built against the torch that will load it, and none is installed in "
-            f"{sysconfig.get_path('purelib')}. Install torch 2.10 or later there first, then run: "
-            "pip install setuptools wheel pybind11 ninja && pip install --no-build-isolation ."
+            f"{' or '.join(site.getsitepackages())}. Install torch 2.10 or later there first: "
+            'pip install torch "setuptools>=77" wheel pybind11 ninja, and then, with '
+            "--no-build-isolation, what you have just tried"
         )
 
-from torch.utils import cpp_extension
+from torch.utils import cpp_extension  # noqa: E402
 
 try:
     from pybind11 import get_include as pybind11_include
@@ -52,7 +63,6 @@ except ImportError:
         return cpp_extension.include_paths()[0]
 
 
-ROOT = Path(__file__).resolve().parent
 sys.path.insert(0, str(ROOT))  # a build of pyproject.toml runs this file from elsewhere
 import ninja_build  # noqa: E402
 from cuda_toolkit import (  # noqa: E402
@@ -80,7 +90,7 @@ CXX_FLAGS = [
     *("-O3", "-std=c++20", "-fPIC", "-fvisibility=hidden", "-DNDEBUG", "-fwrapv"),
     *("-Wall", "-Wextra", "-Wno-psabi"),
 ]
-# Spurious in GCC's own AVX512 headers: https://gcc.gnu.org/bugzilla/show_bug.cgi?id=105593
+# Spurious in GCC's own AVX512 headers, and unknown to Clang: https://gcc.gnu.org/bugzilla/show_bug.cgi?id=105593
 GCC_FLAGS = ["-Wno-maybe-uninitialized", "-Wno-uninitialized"]
 SANITIZE = os.environ.get("LPIPS_FAST_SANITIZE") == "1"
 SANITIZER_FLAGS = [
@@ -154,6 +164,11 @@ class Build(cpp_extension.BuildExtension):
     also where setuptools builds in a temporary folder, as for an editable install.
     """
 
+    def finalize_options(self) -> None:
+        wished = self.force
+        super().finalize_options()  # torch's forces everything where there is ninja
+        self.force = wished or self.get_finalized_command("build").force
+
     def build_extensions(self) -> None:
         # Objects of another torch or Python are not overwritten: who goes back finds them.
         kind = f"torch-{torch.__version__}-{sysconfig.get_config_var('SOABI')}"
@@ -194,13 +209,13 @@ def cxx_compiler() -> list[str]:
     if shutil.which(command[0]) is None:
         sys.exit(
             f"lpips_fast is compiled, and there is no compiler {command[0]!r}: install one for "
-            "C++20 (GCC 10, Clang 12 or later), name it in CXX, or install a wheel"
+            "C++20 (GCC 10, Clang 14 or later), name it in CXX, or install a wheel"
         )
     probe = "#if __cplusplus <= 201703L\n#error\n#endif\n#include <concepts>\n"
     options = ["-std=c++20", "-fsyntax-only", "-x", "c++", "-"]
     if subprocess.run([*command, *options], input=probe, text=True, capture_output=True).returncode:
         sys.exit(
-            f"lpips_fast needs a compiler for C++20 (GCC 10, Clang 12 or later), and {command[0]} "
+            f"lpips_fast needs a compiler for C++20 (GCC 10, Clang 14 or later), and {command[0]} "
             f"is {compiler_version(command)}: name another in CXX"
         )
     return command
@@ -230,6 +245,7 @@ def cpp_library(
     flags_of: dict[str, list[str]] | None = None,
 ) -> Library:
     is_mac = sys.platform == "darwin"
+    is_clang = "clang" in compiler_version(compiler)
     sanitizer = SANITIZER_FLAGS if SANITIZE else []
     machine = environment_flags("ARCHFLAGS") if is_mac else []
     shared = ["-bundle", "-undefined", "dynamic_lookup"] if is_mac else ["-shared"]
@@ -239,7 +255,7 @@ def cpp_library(
         # Torch's headers as system headers: warnings are for our own code.
         [
             *(*compiler, *CXX_FLAGS, *machine, *PREFIX_MAPS),
-            *([] if is_mac else GCC_FLAGS),
+            *([] if is_clang else GCC_FLAGS),
             *(f"-isystem{path}" for path in cpp_extension.include_paths()),
             *(*flags, *sanitizer, *environment_flags("CPPFLAGS", "CXXFLAGS")),
         ],

@@ -17,6 +17,7 @@ import shutil
 import subprocess
 import sys
 import time
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -25,6 +26,7 @@ from torch.utils import cpp_extension
 
 REPOSITORY = Path(__file__).resolve().parents[1]
 BUILD = REPOSITORY / "build" / "sanitize"
+DRIVERS = REPOSITORY / "tests" / "sanitize"
 SANITIZERS = ["-fsanitize=address,undefined", "-fno-sanitize-recover=all", "-O1", "-g"]
 FLAGS = ["-std=c++20", "-Wall", "-Wextra", "-Wno-psabi", "-ffp-contract=off"]
 CAPABILITIES = {
@@ -61,34 +63,47 @@ def run(
         sys.exit(f"{done.stdout or ''}\nexit code {done.returncode}: {' '.join(command)}")
 
 
+def compile_all(
+    compiler: str, flags: Sequence[str], sources: Sequence[Path], folder: Path, jobs: int
+) -> list[str]:
+    folder.mkdir(parents=True, exist_ok=True)
+
+    def compiled(source: Path) -> str:
+        target = folder / f"{source.stem}.o"
+        run([compiler, *flags, "-c", str(source), "-o", str(target)])
+        return str(target)
+
+    with ThreadPoolExecutor(jobs) as pool:
+        return list(pool.map(compiled, sources))
+
+
+def compile_kernel_driver(compiler: str, flags: Sequence[str], folder: Path, jobs: int) -> Path:
+    """The driver of the torch-free CPU kernels, for the instruction set of ``flags``."""
+    kernels = sorted((REPOSITORY / "csrc" / "cpu").glob("*_kernels.cpp"))
+    headers = [f"-isystem{path}" for path in cpp_extension.include_paths()]
+    sources = [*kernels, DRIVERS / "cpu_kernels.cpp"]
+    objects = compile_all(compiler, [*flags, *headers], sources, folder, jobs)
+    linked = folder / "cpu_kernels"
+    run([compiler, *flags, *objects, "-o", str(linked)])
+    return linked
+
+
 def compile_drivers(jobs: int) -> list[Path]:
     """The drivers' paths: of the kernels in this machine's instruction set, and of the plans."""
     capability = torch.backends.cpu.get_cpu_capability()
     if capability not in CAPABILITIES:
         capability = "DEFAULT"
+    flags = [*SANITIZERS, *FLAGS]
     vectors = [
         *CAPABILITIES[capability],
         f"-DCPU_CAPABILITY={capability}",
         f"-DCPU_CAPABILITY_{capability}=1",
-        *(f"-isystem{path}" for path in cpp_extension.include_paths()),
     ]
-    kernels = sorted((REPOSITORY / "csrc" / "cpu").glob("*_kernels.cpp"))
-    drivers = REPOSITORY / "tests" / "sanitize"
-    sources = [*kernels, drivers / "cpu_kernels.cpp", drivers / "launch_plans.cpp"]
-    BUILD.mkdir(parents=True, exist_ok=True)
-
-    def compiled(source: Path) -> str:
-        target = BUILD / f"{source.stem}.o"
-        run([compiler(), *SANITIZERS, *FLAGS, *vectors, "-c", str(source), "-o", str(target)])
-        return str(target)
-
-    with ThreadPoolExecutor(jobs) as pool:
-        *of_kernels, of_plans = pool.map(compiled, sources)
-    linked = []
-    for name, objects in (("cpu_kernels", of_kernels), ("launch_plans", [of_plans])):
-        linked.append(BUILD / name)
-        run([compiler(), *SANITIZERS, *objects, "-o", str(linked[-1])])
-    return linked
+    kernels = compile_kernel_driver(compiler(), [*flags, *vectors], BUILD, jobs)
+    plans = BUILD / "launch_plans"
+    objects = compile_all(compiler(), flags, [DRIVERS / "launch_plans.cpp"], BUILD, jobs)
+    run([compiler(), *SANITIZERS, *objects, "-o", str(plans)])
+    return [kernels, plans]
 
 
 def build_extension(jobs: int) -> Path:

@@ -214,6 +214,10 @@ def test_every_module_is_imported_alone(module):
     if module == "metrics":
         declare_torchvision_operators()
         pytest.importorskip("torchmetrics", reason="the metric is one of torchmetrics")
+    if module == "pyiqa_metric":
+        declare_torchvision_operators()
+        reason = "the metrics are some of pyiqa"
+        pytest.importorskip("pyiqa", reason=reason, exc_type=ImportError)
     if module != "__main__":
         importlib.import_module(f"lpips_fast.{module}".removesuffix(".__init__"))
 

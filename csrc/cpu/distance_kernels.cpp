@@ -325,7 +325,8 @@ struct ChannelsFirst {
 
   static void store_gradient(feature_t* to, Tile& tile, const Tile& norm, int64_t count) {
     if constexpr (kClampsZeroVectors<feature_t>) {
-      const Vec zero(acc_t(0)), finite(acc_t(std::numeric_limits<feature_t>::max()));
+      const Vec zero(acc_t(0));
+      const Vec finite(static_cast<acc_t>(std::numeric_limits<feature_t>::max()));
       each([&](int s, int v) {
         tile[s][v] = Vec::blendv(tile[s][v], at::vec::clamp(tile[s][v], finite.neg(), finite),
                                  norm[s][v] == zero);

@@ -52,8 +52,9 @@ Tensor winograd_pack(Tensor weight) {
                    shape_of(weight));
   const int64_t out_channels = weight.size(0), in_channels = weight.size(1);
   const int64_t kernel = weight.size(2), elements = winograd_elements(kernel);
-  const auto [planes, panels, depth, width] = packed_shape(kernel, in_channels, out_channels);
-  const Tensor packed = empty_floats({planes, panels, depth, width});
+  const auto shape = packed_shape(kernel, in_channels, out_channels);
+  const int64_t planes = shape[0], panels = shape[1], width = shape[3];
+  const Tensor packed = empty_floats({planes, panels, in_channels, width});
   if (packed.numel() == 0) return packed;
   const auto* from = static_cast<const float*>(weight.const_data_ptr());
   auto* to = static_cast<float*>(packed.mutable_data_ptr());
