@@ -48,43 +48,39 @@ class Part(NamedTuple):
     text: Callable[[Results], str]
 
 
-def readme(results: dict[str, Any]) -> str:
-    """Three lines: one trunk each, float32, 256², beside ``lpips`` as it is and compiled."""
-    of_memory = load(MACHINE)["memory"]
+def readme(results: Results) -> str:
+    """Three lines: one trunk each, float32, 256², its largest batch."""
     rows = []
-    for net, words in bench_compile.NAMES.items():
+    for net, words in (("alex", "AlexNet"), ("squeeze", "SqueezeNet"), ("vgg", "VGG16")):
         cells = []
         for mode in ("forward", "step"):
-            case = next(
-                case
-                for case in results["rows"]
-                if (case["net"], case["mode"], case["dtype"], case["size"])
-                == (net, mode, "float32", 256)
+            case = max(
+                (
+                    case
+                    for case in results["cases"]
+                    if (case["net"], case["mode"], case["variant"]) == (net, mode, "plain")
+                    and (case["dtype"], case["height"]) == ("float32", 256)
+                ),
+                key=lambda case: case["batch"],
             )
-            seconds = case["seconds"]
-            ours = seconds["ours"]
-            compiled = min(seconds[way] for way in ("compiled", "channels-last"))
-            cells.append(f"{report.milliseconds(ours)} ms")
-            cells += [
-                f"{theirs / ours:.1f}× ({report.milliseconds(theirs)} ms)"
-                for theirs in (seconds["lpips"], compiled)
-            ]
+            ours, theirs = (
+                report.milliseconds(case["seconds"][package]) for package in ("lpips_fast", "lpips")
+            )
+            cells.append(f"{ours} ms, {case['times_as_fast_as']['lpips']:.1f}× ({theirs} ms)")
         memory = next(
             entry["bytes"]
-            for entry in of_memory
+            for entry in results["memory"]
             if (entry["net"], entry["height"], entry["mode"]) == (net, 256, "step")
         )
         cells.append(f"{memory['lpips_fast'] / memory['lpips']:.0%}")
         pairs = f"{case['batch']} pairs" if case["batch"] > 1 else "1 pair"
         rows.append([f"{words}, {pairs} of 256²", *cells])
-    head = [results["machine"]["Device"], "forward", "`lpips`", "`lpips` compiled", "step"]
-    head += ["`lpips`", "`lpips` compiled", "peak memory of a step"]
-    told = (
-        "Ours, and how many times as long the unmodified `lpips` takes, as it is and under "
-        "`torch.compile` (the faster of two memory orders); float32, medians: "
-        "[docs/performance.md](docs/performance.md)."
+    device = results["machine"]["facts"]["Device"]
+    head = [device, "forward", "training step", "peak memory of a step"]
+    return (
+        f"{report.table(head, rows)}\n\nTimes as fast as the unmodified `lpips`, whose time is in "
+        "brackets; float32, medians: [docs/performance.md](docs/performance.md)."
     )
-    return f"{report.table(head, rows)}\n\n{told}"
 
 
 def without_title(text: str) -> str:
@@ -111,7 +107,7 @@ PERFORMANCE: dict[str, Callable[[Results], str]] = {
 }
 
 PARTS = (
-    Part(REPOSITORY / "README.md", "readme", "compile", readme),
+    Part(REPOSITORY / "README.md", "readme", MACHINE, readme),
     *(Part(DOCS / "performance.md", name, MACHINE, text) for name, text in PERFORMANCE.items()),
     *(
         Part(DOCS / page, name, name, of_subject(table))

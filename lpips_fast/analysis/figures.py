@@ -374,7 +374,7 @@ def plot_layer_contributions(
     axes.set_yticks(range(depth), contributions.layers)
     axes.set_ylim(depth - 0.5, -0.5)
     axes.set_xlim(0, 1.4 * max(ends.max(), 1e-12))
-    total = values.sum(axis=1).mean()
+    total = contributions.distances.mean().item()  # as it is printed elsewhere
     of = f"sum {total:.8f}" if count == 1 else f"mean of {count} pairs, sum {total:.8f}"
     axes.set_xlabel(f"part of the distance ({of})", fontsize=9)
     axes.set_ylabel("layer", fontsize=9)
