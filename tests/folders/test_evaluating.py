@@ -118,7 +118,7 @@ class Recorder(torch.nn.Module):
         super().__init__()
         self.scaling_layer = lpips_fast.ScalingLayer()
         self.net = lpips_fast.trunk.Trunk("alex")
-        self.spatial, self.reduction = False, "none"
+        self.spatial, self.reduction, self.normalization = False, "none", "l2"
         self.net_name = self.pnet_type = "alex"
         self.minimum_size = minimum_size
         self.shapes: list[tuple[int, ...]] = []
