@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import ctypes
 import os
 import re
 import shutil
@@ -46,18 +45,6 @@ def nvcc_version(home: Path) -> str:
     if found is None:
         sys.exit(f"{home}/bin/nvcc --version does not say which release it is")
     return found[1]
-
-
-def driver_version() -> tuple[int, int] | None:
-    """The CUDA version that this machine's driver supports, or None where there is no driver."""
-    try:
-        library = ctypes.CDLL("libcuda.so.1")
-        version = ctypes.c_int()
-        if library.cuDriverGetVersion(ctypes.byref(version)) != 0:
-            return None
-    except (OSError, AttributeError):
-        return None
-    return version.value // 1000, version.value % 1000 // 10
 
 
 def version_faults(nvcc: str, torch_cuda: str | None, driver: tuple[int, int] | None) -> list[str]:

@@ -18,6 +18,7 @@ from __future__ import annotations
 import json
 import os
 import platform
+import runpy
 import shlex
 import shutil
 import site
@@ -68,7 +69,6 @@ import ninja_build  # noqa: E402
 from cuda_toolkit import (  # noqa: E402
     architectures,
     cuda_home,
-    driver_version,
     gencode_flags,
     nvcc_output,
     nvcc_version,
@@ -76,6 +76,10 @@ from cuda_toolkit import (  # noqa: E402
 )
 
 sys.path.remove(str(ROOT))
+# By its path: the package itself cannot be imported before it is built.
+driver_version = runpy.run_path(str(ROOT / "lpips_fast" / "kernels" / "cuda_device.py"))[
+    "driver_version"
+]
 
 MINIMUM_TORCH = (2, 10)
 CUDA_SOURCES = sorted(str(path.relative_to(ROOT)) for path in (ROOT / "csrc/cuda").glob("*.cu"))

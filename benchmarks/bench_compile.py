@@ -26,7 +26,6 @@ from torch import nn
 
 CPU = torch.device("cpu")
 RESULTS = Path(__file__).resolve().parent / "results"
-NAMES = {"alex": "AlexNet", "squeeze": "SqueezeNet", "vgg": "VGG16"}
 SHAPES = {"alex": ((16, 64), (4, 256)), "squeeze": ((16, 64), (4, 256)), "vgg": ((8, 64), (1, 256))}
 #: The columns, in order: ours and theirs, and how.
 WAYS = ("ours", "ours, compiled", "lpips", "compiled", "channels-last", "bfloat16")
@@ -103,7 +102,7 @@ def table(results: dict[str, Any]) -> str:
         best = min(seconds[way] for way in WAYS[2:] if way in seconds)
         rows.append(
             [
-                f"{NAMES[row['net']]}, {row['batch']} of {row['size']}², {row['dtype']}, "
+                f"{report.TRUNKS[row['net']]}, {row['batch']} of {row['size']}², {row['dtype']}, "
                 f"{row['mode']}",
                 *(report.milliseconds(seconds[w]) if w in seconds else "" for w in WAYS),
                 f"{seconds['ours, compiled'] / seconds['ours']:.2f}",

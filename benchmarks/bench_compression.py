@@ -25,7 +25,7 @@ import machine
 import numpy as np
 import torch
 import torch.nn.functional as F
-from report import head
+from report import TRUNKS, head
 from torch import Tensor, nn
 
 from lpips_fast import LPIPS
@@ -310,9 +310,7 @@ def draw(results: dict[str, Any], path: Path) -> None:
             )
         # It agrees wholly, above every scale of logarithms.
         axes.axvline(1, color="#000000", linewidth=0.8, linestyle="--", label="the exact trunk")
-        axes.set_title(
-            {"alex": "AlexNet", "squeeze": "SqueezeNet", "vgg": "VGG16"}[net], fontsize=10
-        )
+        axes.set_title(TRUNKS[net], fontsize=10)
         axes.set_xlabel("time over the exact trunk's", fontsize=9)
         axes.set_yscale("log")
         axes.tick_params(labelsize=8)

@@ -24,7 +24,6 @@ from contenders import build_ours, image_pair
 
 CPU = torch.device("cpu")
 RESULTS = Path(__file__).resolve().parent / "results"
-NAMES = {"alex": "AlexNet", "squeeze": "SqueezeNet", "vgg": "VGG16"}
 COMPUTING = (
     *(
         (torch.ops.lpips_fast, name)
@@ -122,7 +121,7 @@ def of_an_operator(repeats: int) -> dict[str, float]:
 def table(results: dict[str, Any]) -> str:
     rows = [
         [
-            f"{NAMES[row['net']]}, 1 pair of 64²",
+            f"{report.TRUNKS[row['net']]}, 1 pair of 64²",
             str(row["operators"]),
             f"{row['host'] * 1e6:.0f}",
             f"{row['whole'] * 1e6:.0f}",
@@ -150,7 +149,7 @@ def main() -> None:
     torch.set_num_threads(1)  # the host's part is one thread's
     results: dict[str, Any] = {
         **machine.this_run(),
-        "rows": [of_forward(net, options.repeats) for net in NAMES],
+        "rows": [of_forward(net, options.repeats) for net in report.TRUNKS],
         "call": of_an_operator(options.repeats),
     }
     options.output.mkdir(parents=True, exist_ok=True)

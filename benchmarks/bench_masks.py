@@ -28,7 +28,6 @@ sys.path.insert(0, str(REPOSITORY / "scripts"))
 from generated_text import write_part  # noqa: E402
 
 CPU = torch.device("cpu")
-NAMES = {"alex": "AlexNet", "squeeze": "SqueezeNet", "vgg": "VGG16"}
 SHAPES = ((16, 64), (1, 256))
 
 
@@ -74,12 +73,12 @@ def measure(net: str, batch: int, size: int) -> list[str]:
             40,
         )
         cells.append(f"{100 * (made + masked - plain) / forward:.2f}%")
-    return [f"{NAMES[net]}, {batch} of {size}²", report.milliseconds(forward), *cells]
+    return [f"{report.TRUNKS[net]}, {batch} of {size}²", report.milliseconds(forward), *cells]
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=str(__doc__).splitlines()[0])
-    parser.add_argument("--nets", nargs="+", default=list(NAMES))
+    parser.add_argument("--nets", nargs="+", default=list(report.TRUNKS))
     parser.add_argument("--page", type=Path, default=REPOSITORY / "docs" / "masks.md")
     options = parser.parse_args()
     torch.set_num_threads(1)

@@ -30,10 +30,10 @@ sys.path.insert(0, str(REPOSITORY / "tests"))
 import contenders  # noqa: E402
 import parity  # noqa: E402
 from exact_ties import exact, flat_images, image_gradient, windows  # noqa: E402
+from report import TRUNKS  # noqa: E402
 
 PAGE = REPOSITORY / "docs" / "numerics.md"
 NETS = ("alex", "squeeze", "vgg")
-TRUNKS = {"alex": "AlexNet", "squeeze": "SqueezeNet", "vgg": "VGG16"}
 CROP, CROPS = 64, 102
 
 

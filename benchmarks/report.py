@@ -8,6 +8,7 @@ from typing import Any
 from goals import GOALS, Goal, Results, image_size
 
 MIB = 2**20
+TRUNKS = {"alex": "AlexNet", "squeeze": "SqueezeNet", "vgg": "VGG16"}
 OTHERS = {
     "lpips": "lpips",
     "lpips, bfloat16 autocast": "lpips under autocast",

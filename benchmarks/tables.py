@@ -51,7 +51,7 @@ class Part(NamedTuple):
 def readme(results: Results) -> str:
     """Three lines: one trunk each, float32, 256², its largest batch."""
     rows = []
-    for net, words in (("alex", "AlexNet"), ("squeeze", "SqueezeNet"), ("vgg", "VGG16")):
+    for net, words in report.TRUNKS.items():
         cells = []
         for mode in ("forward", "step"):
             case = max(

@@ -214,11 +214,7 @@ def check_normalization(name: Any) -> Normalization:
     >>> check_normalization("l1")
     'l1'
     """
-    if not isinstance(name, str) or name not in NORMALIZATIONS:
-        raise ValueError(
-            f"unknown normalization {name!r}; expected one of {', '.join(NORMALIZATIONS)}"
-        )
-    return name  # type: ignore[return-value]
+    return _one_of(tuple(NORMALIZATIONS), name)
 
 
 def check_model_normalization(name: Any) -> ModelNormalization:
@@ -227,12 +223,13 @@ def check_model_normalization(name: Any) -> ModelNormalization:
     >>> check_model_normalization("learned")
     'learned'
     """
-    if name == LEARNED:
-        return LEARNED
-    if not isinstance(name, str) or name not in NORMALIZATIONS:
-        known = ", ".join((*NORMALIZATIONS, LEARNED))
-        raise ValueError(f"unknown normalization {name!r}; expected one of {known}")
-    return name  # type: ignore[return-value]
+    return _one_of((*NORMALIZATIONS, LEARNED), name)
+
+
+def _one_of(known: tuple[str, ...], name: Any) -> Any:
+    if not isinstance(name, str) or name not in known:
+        raise ValueError(f"unknown normalization {name!r}; expected one of {', '.join(known)}")
+    return name
 
 
 def depends_on_batch(normalization: ModelNormalization) -> bool:

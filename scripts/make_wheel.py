@@ -112,9 +112,10 @@ def check_contents(wheel: Path) -> None:
 
 def without_network() -> list[str]:
     """What to put before a command so that it has no network, if this machine lets us."""
-    prefix = ["unshare", "--map-root-user", "--net"]
-    if shutil.which("unshare") is None:
+    unshare = shutil.which("unshare")
+    if unshare is None:
         return []
+    prefix = [unshare, "--map-root-user", "--net"]
     return prefix if subprocess.run([*prefix, "true"], capture_output=True).returncode == 0 else []
 
 
@@ -138,9 +139,7 @@ def try_out(wheel: Path, python: str) -> None:
         found = [name for name in COMPILERS if shutil.which(name, path=programs)]
         if found:
             sys.exit(f"the fresh environment has {', '.join(found)}")
-        prefix = (
-            [shutil.which("unshare") or "", *without_network()[1:]] if without_network() else []
-        )
+        prefix = without_network()
         print(
             "a fresh environment, no compiler, "
             + ("no network" if prefix else "a network that this machine does not let us take away")

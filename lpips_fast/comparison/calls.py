@@ -170,13 +170,11 @@ def prepare_call(model: LPIPS, images: Sequence[Tensor], unit_range: bool) -> Ca
         by_hand = net.fast_slices(like.device, dtype, model.frozen)
     scales = by_hand is not None and scaling_fault(model.scaling_layer) is None
     # Under transforms nothing is asked of the layers: they are called.
-    if fault is not None:
-        if not kernels.has_operators():
-            return Call(model, unit_range, by_hand, scales, linear=False)
-        if model.lpips and calls_fault() is not None:
-            return Call(model, unit_range, by_hand, scales, linear=False)
-    lins = _weights_as_built(model)
-    linear = lins is not None or _lins_fault(model) is None
+    are_called = fault is not None and (
+        not kernels.has_operators() or (model.lpips and calls_fault() is not None)
+    )
+    lins = None if are_called else _weights_as_built(model)
+    linear = not are_called and (lins is not None or _lins_fault(model) is None)
     return Call(model, unit_range, by_hand, scales, linear, lins)
 
 
@@ -327,10 +325,10 @@ def _weights_as_built(model: LPIPS) -> list[Tensor] | None:
         return None
     rates = []
     for lin in lins._modules.values():
-        dropout = _dropout(lin) if type(lin) is NetLinLayer else None
-        if dropout is not None and dropout.training and dropout.p:
+        rate, is_dropping = _dropout(lin)  # type: ignore[arg-type]
+        if is_dropping:
             return None
-        rates.append(None if dropout is None else dropout.p)
+        rates.append(rate)
     found: list[Tensor] = []
     template = _lins_template(model.net_name, tuple(rates))
     return found if template.check.matches(lins, found) else None
@@ -349,20 +347,22 @@ def lin_fault(model: LPIPS, layer: int) -> Fault | None:
     lins = model.lins
     # Not by index, which costs more than the comparison.
     lin = lins._modules.get(str(layer)) if type(lins) is nn.ModuleList else lins[layer]
-    dropout = _dropout(lin) if type(lin) is NetLinLayer else None
-    rate = None if dropout is None else dropout.p
+    rate, is_dropping = _dropout(lin)  # type: ignore[arg-type]
     # Not model.chns, which is the user's to change, and nothing reads it in lpips.
     template = _lin_template(tap_channels(model.net_name)[layer], rate)
     fault = module_fault(lin, template, []) or _class_fault(NetLinLayer)  # type: ignore[arg-type]
-    if fault is None and dropout is not None and dropout.training and rate:
+    if fault is None and is_dropping:
         return Fault("", "drops channels in training mode")
     return fault
 
 
-def _dropout(lin: nn.Module) -> nn.Dropout | None:
-    inner = lin._modules.get("model")
+def _dropout(lin: nn.Module) -> tuple[float | None, bool]:
+    """The rate of a linear layer's dropout, None without one; and whether it drops just now."""
+    inner = lin._modules.get("model") if type(lin) is NetLinLayer else None
     first = None if inner is None else next(iter(inner._modules.values()), None)
-    return first if isinstance(first, nn.Dropout) else None
+    if not isinstance(first, nn.Dropout):
+        return None, False
+    return first.p, bool(first.training and first.p)
 
 
 def _is_linear(lin: nn.Module) -> bool:

@@ -200,7 +200,8 @@ def _one_batch(call: Call, in0: Tensor, in1: Tensor) -> list[Tensor]:
     split = [in0.shape[0], in1.shape[0]]
     # Not by tap.split(), which asks for __torch_function__ first.
     pairs = [torch.split_with_sizes(tap, split) for tap in call.taps_at_once((in0, in1))]
-    return compare(call, [a for a, _ in pairs], [b for _, b in pairs], size_of(in0))
+    taps0, taps1 = [a for a, _ in pairs], [b for _, b in pairs]
+    return compare(call, taps0, taps1, size_of(in0), of_one_batch=True)
 
 
 def _streamed(call: Call, in0: Tensor, in1: Tensor) -> list[Tensor]:
@@ -305,6 +306,7 @@ def compare(
     taps1: Sequence[Tensor],
     size: tuple[int, int],
     first: int = 0,
+    of_one_batch: bool = False,
 ) -> list[Tensor]:
     """One tensor a layer: (N, 1, 1, 1), or (N, 1, H, W) for ``spatial``.
 
@@ -312,6 +314,7 @@ def compare(
         taps0, taps1: of the model's ``layers[first]`` and of the layers that follow there; one
             image stands for all of the other.
         size: of the images.
+        of_one_batch: both are parts of what the trunk made of one batch in this call.
     """
     model = call.model
     layers = model.layers[first : first + len(taps0)]
@@ -337,8 +340,6 @@ def compare(
             )
             maps.append(run(model, model.lins[k], (normal0 - normal1) ** 2))
         return _of_maps(model, maps, of_positions, size)
-    if call.is_as_built and not model.spatial and model.normalization == "l2":
-        return _of_fitting_taps(call, taps0, taps1, layers, of_positions)
     weights = channel_weights(call, taps0[0], layers, [tap.shape[1] for tap in taps0])
     if not kernels.has_operators():
         maps = [
@@ -351,34 +352,14 @@ def compare(
     if model.spatial:
         maps = functional.distance_map(taps0, taps1, weights, normalization=normalization)
         return [upsample(m, size) for m in maps]
-    distances = functional.distance(
-        taps0, taps1, weights, normalization=normalization, position_weights=of_positions
-    )
-    return _layer_by_layer(distances)
-
-
-def _of_fitting_taps(
-    call: Call,
-    taps0: Sequence[Tensor],
-    taps1: Sequence[Tensor],
-    layers: Sequence[int],
-    of_positions: Sequence[Tensor] | None,
-) -> list[Tensor]:
-    """:func:`compare` of what a trunk as built made: nothing is left to be checked."""
-    if taps0[0].shape[0] != taps1[0].shape[0]:
-        pairs = [_broadcast(a, b) for a, b in zip(taps0, taps1)]
-        taps0, taps1 = [a for a, _ in pairs], [b for _, b in pairs]
-    of_trunk = tap_channels(call.model.net_name)
-    weights = channel_weights(call, taps0[0], layers, [of_trunk[k] for k in layers])
-    distances = kernels.fused_distance(
-        list(taps0), list(taps1), weights, composed.EPS, of_positions
-    )
-    return _layer_by_layer(distances)
-
-
-def _layer_by_layer(distances: Tensor) -> list[Tensor]:
-    """(N, L) as the list of (N, 1, 1, 1)."""
-    return list(distances.view(-1, distances.shape[1], 1, 1, 1).unbind(dim=1))
+    if of_one_batch and call.is_as_built and normalization == "l2":
+        # What the trunk made of one batch fits the operator: nothing is left to be checked.
+        distances = kernels.fused_distance(taps0, taps1, weights, eps, of_positions)
+    else:
+        distances = functional.distance(
+            taps0, taps1, weights, normalization=normalization, position_weights=of_positions
+        )
+    return list(distances.view(-1, len(pairs), 1, 1, 1).unbind(dim=1))
 
 
 def _of_maps(
@@ -434,6 +415,8 @@ def _needs_graph(call: Call, image: Tensor | Features) -> bool:
 
 def _broadcast(tap0: Tensor, tap1: Tensor) -> tuple[Tensor, Tensor]:
     """Both for the common batch; one image stands for all without a copy."""
+    if tap0.shape[0] == tap1.shape[0]:
+        return tap0, tap1
     # Not by len(), which asks for __torch_function__ first.
     batch = common_batch(tap0.shape[0], tap1.shape[0])
     # Not where it changes nothing: torch.compile cannot save views of unknown size for backward.
