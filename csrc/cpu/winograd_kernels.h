@@ -14,7 +14,7 @@
 // Nearly all of the rounding is that of the sum over channels, so it runs in short chains: 32
 // channels for 3x3 weights, 16 for 5x5. On the trunks' own features the error is then 1e-7 to 2e-7
 // of the result's norm for 3x3 weights and 5e-7 for 5x5; that of a direct sum in one chain is 3e-7
-// to 5e-7 and 6e-7. Longer runs cost 1 to 4% less and round two to three times as much.
+// to 5e-7 and 6e-7. Longer runs round two to three times as much.
 //
 // Images may be float32, bfloat16 or float16: these are widened as they are read and rounded as
 // they are written, and everything between is float32, weights too.
