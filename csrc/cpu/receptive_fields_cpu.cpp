@@ -82,53 +82,104 @@ uint64_t key_of_pixel(const scalar_t* channels, int64_t count) {
   return mixed(h);
 }
 
+// A row's pixels, `column` numbers apart.
 template <typename scalar_t>
-Keys keys_of_pixels(const Tensor& x) {
+void keys_of_pixels(const scalar_t* from, int64_t column, int64_t channels, int64_t width,
+                    uint64_t* to) {
+  for (int64_t w = 0; w < width; ++w) to[w] = key_of_pixel(from + w * column, channels);
+}
+
+template <typename scalar_t>
+Keys keys_of_images(const Tensor& x) {
   const int64_t channels = x.size(1), height = x.size(2);
   const Keys keys(x.size(0), height, x.size(3));
   const auto images = positions_of<scalar_t>(x);
   for_all_rows(keys, channels, [&](int64_t row) {
-    const scalar_t* from = images.at(row / height, row % height, 0);
-    uint64_t* to = keys.row(row);
-    for (int64_t w = 0; w < keys.width; ++w)
-      to[w] = key_of_pixel(from + w * images.column, channels);
+    keys_of_pixels(images.at(row / height, row % height, 0), images.column, channels, keys.width,
+                   keys.row(row));
   });
   return keys;
 }
 
-// `outside`: the key of the zeros around the image.
-Keys convolved(const Keys& of, int64_t kernel, int64_t stride, int64_t padding, uint64_t outside) {
-  const int64_t height = (of.height + 2 * padding - kernel) / stride + 1;
-  const int64_t width = (of.width + 2 * padding - kernel) / stride + 1;
-  const Keys rows(of.batch, of.height, width), keys(of.batch, height, width);
-  for_all_rows(rows, kernel, [&](int64_t row) {
-    const uint64_t* from = of.row(row);
-    uint64_t* to = rows.row(row);
-    for (int64_t w = 0; w < width; ++w) {
+struct Convolution {
+  int64_t kernel, stride, padding;
+  uint64_t outside;  // the key of the zeros around the image
+
+  int64_t size(int64_t of) const { return (of + 2 * padding - kernel) / stride + 1; }
+
+  // Along one row; `clear`: no bounds to be looked at.
+  template <bool clear>
+  void along_row(const uint64_t* from, int64_t from_width, uint64_t* to, int64_t first,
+                 int64_t last) const {
+    for (int64_t w = first; w < last; ++w) {
       uint64_t h = 0;
-      for (int64_t x = w * stride - padding; x < w * stride - padding + kernel; ++x)
-        h = h * kAlongRows + (x >= 0 && x < of.width ? from[x] : outside);
+      const int64_t left = w * stride - padding;
+      for (int64_t x = left; x < left + kernel; ++x)
+        h = h * kAlongRows + (clear || (x >= 0 && x < from_width) ? from[x] : outside);
       to[w] = mixed(h);
     }
-  });
-  uint64_t row_outside = 0;
-  for (int64_t k = 0; k < kernel; ++k) row_outside = row_outside * kAlongRows + outside;
-  row_outside = mixed(row_outside);
-  for_all_rows(keys, kernel, [&](int64_t row) {
-    const int64_t image = row / height, top = row % height * stride - padding;
-    uint64_t* to = keys.row(row);
-    std::fill_n(to, width, uint64_t(0));
-    for (int64_t y = top; y < top + kernel; ++y) {
-      if (y >= 0 && y < of.height) {
-        const uint64_t* from = rows.row(image * of.height + y);
-        for (int64_t w = 0; w < width; ++w) to[w] = to[w] * kAlongColumns + from[w];
-      } else {
-        for (int64_t w = 0; w < width; ++w) to[w] = to[w] * kAlongColumns + row_outside;
+  }
+
+  void along_row(const uint64_t* from, int64_t from_width, uint64_t* to, int64_t width) const {
+    const int64_t clear_from = std::min(width, (padding + stride - 1) / stride);
+    const int64_t clear_to =
+        from_width + padding < kernel ? 0 : (from_width + padding - kernel) / stride + 1;
+    const int64_t middle = std::clamp(clear_to, clear_from, width);
+    along_row<false>(from, from_width, to, 0, clear_from);
+    along_row<true>(from, from_width, to, clear_from, middle);
+    along_row<false>(from, from_width, to, middle, width);
+  }
+
+  // Of what was hashed along rows.
+  Keys along_columns(const Keys& rows, int64_t height) const {
+    uint64_t row_outside = 0;
+    for (int64_t k = 0; k < kernel; ++k) row_outside = row_outside * kAlongRows + outside;
+    row_outside = mixed(row_outside);
+    const Keys keys(rows.batch, height, rows.width);
+    for_all_rows(keys, kernel, [&](int64_t row) {
+      const int64_t image = row / height, top = row % height * stride - padding;
+      uint64_t* to = keys.row(row);
+      std::fill_n(to, keys.width, uint64_t(0));
+      for (int64_t y = top; y < top + kernel; ++y) {
+        if (y >= 0 && y < rows.height) {
+          const uint64_t* from = rows.row(image * rows.height + y);
+          for (int64_t w = 0; w < keys.width; ++w) to[w] = to[w] * kAlongColumns + from[w];
+        } else {
+          for (int64_t w = 0; w < keys.width; ++w) to[w] = to[w] * kAlongColumns + row_outside;
+        }
       }
-    }
-    for (int64_t w = 0; w < width; ++w) to[w] = mixed(to[w]);
+      for (int64_t w = 0; w < keys.width; ++w) to[w] = mixed(to[w]);
+    });
+    return keys;
+  }
+};
+
+Keys convolved(const Keys& of, const Convolution& layer) {
+  const Keys rows(of.batch, of.height, layer.size(of.width));
+  for_all_rows(rows, layer.kernel, [&](int64_t row) {
+    layer.along_row(of.row(row), of.width, rows.row(row), rows.width);
   });
-  return keys;
+  return layer.along_columns(rows, layer.size(of.height));
+}
+
+// The same of images, whose own keys, a row at a time, never leave the cache.
+template <typename scalar_t>
+Keys convolved(const Tensor& x, const Convolution& layer) {
+  const int64_t channels = x.size(1), height = x.size(2), width = x.size(3);
+  const auto images = positions_of<scalar_t>(x);
+  const Keys rows(x.size(0), height, layer.size(width));
+  const int64_t per_row = channels * width + layer.kernel * rows.width;
+  parallel_for(0, rows.batch * height,
+               std::max<int64_t>(1, kPositionsPerTask / std::max<int64_t>(1, per_row)),
+               [&](int64_t first, int64_t last) {
+                 std::vector<uint64_t> pixels(width);
+                 for (int64_t row = first; row < last; ++row) {
+                   keys_of_pixels(images.at(row / height, row % height, 0), images.column, channels,
+                                  width, pixels.data());
+                   layer.along_row(pixels.data(), width, rows.row(row), rows.width);
+                 }
+               });
+  return layer.along_columns(rows, layer.size(height));
 }
 
 // A set's key: of the sum of its members', each counted once.
@@ -184,9 +235,33 @@ Keys together(const Keys& of) {
 
 enum Layer : int64_t { kConvolution = 0, kPooling = 1, kFire = 2 };
 
-// The keys (N, groups, H, W) that stand before every pooling. `layers` has four numbers for each:
-// its kind, kernel, stride, and padding or (of a pooling) ceil_mode; of a fire module these are its
-// 3x3 convolution's. They end with a pooling.
+// One layer's four numbers: its kind, kernel, stride, and padding or (of a pooling) ceil_mode; of a
+// fire module these are its 3x3 convolution's.
+struct LayerShape {
+  int64_t kind, kernel, stride, last;
+
+  LayerShape(const std::vector<int64_t>& layers, size_t k)
+      : kind(layers[k]), kernel(layers[k + 1]), stride(layers[k + 2]), last(layers[k + 3]) {
+    LPIPS_FAST_CHECK(kind >= kConvolution && kind <= kFire, "receptive_fields knows the kinds ",
+                     "of layers 0, 1 and 2, got ", kind);
+    check_parameter("kernel", kernel, 1);
+    check_parameter("stride", stride, 1);
+    check_parameter("padding", last, 0);
+  }
+
+  void check_size(int64_t height, int64_t width) const {
+    const int64_t border = kind == kPooling ? kernel : 2 * last;  // windows may hang over
+    LPIPS_FAST_CHECK(height + border >= kernel && width + border >= kernel,
+                     "receptive_fields: images of ", height, "x", width,
+                     " are smaller than a layer's kernel of ", kernel, "x", kernel);
+  }
+
+  bool moves() const { return kernel > 1 || stride > 1 || last > 0; }
+  Convolution convolution(uint64_t outside) const { return {kernel, stride, last, outside}; }
+};
+
+// The keys (N, groups, H, W) that stand before every pooling. `layers` has four numbers for each,
+// and ends with a pooling.
 std::vector<Tensor> receptive_fields(Tensor x, std::vector<int64_t> layers) {
   Operands(Backend::kCPU).check("x", x);
   check_images("receptive_fields", x);
@@ -197,33 +272,33 @@ std::vector<Tensor> receptive_fields(Tensor x, std::vector<int64_t> layers) {
   x = with_dense_channels(x);
   Keys keys;
   uint64_t outside = 0;
+  size_t k = 0;
+  const LayerShape first(layers, k);
+  first.check_size(x.size(2), x.size(3));
   dispatch_feature_dtype(x.scalar_type(), [&](auto feature) {
     using feature_t = decltype(feature);
     const std::vector<feature_t> zeros(x.size(1), feature_t(0));
     outside = key_of_pixel(zeros.data(), x.size(1));
-    keys = keys_of_pixels<feature_t>(x);
+    if (first.kind == kConvolution && first.moves()) {
+      keys = convolved<feature_t>(x, first.convolution(outside));
+      outside = kOutside;
+      k = 4;
+    } else {
+      keys = keys_of_images<feature_t>(x);
+    }
   });
-  for (size_t k = 0; k < layers.size(); k += 4) {
-    const int64_t kind = layers[k], kernel = layers[k + 1], stride = layers[k + 2];
-    const int64_t last = layers[k + 3];
-    LPIPS_FAST_CHECK(kind >= kConvolution && kind <= kFire, "receptive_fields knows the kinds ",
-                     "of layers 0, 1 and 2, got ", kind);
-    check_parameter("kernel", kernel, 1);
-    check_parameter("stride", stride, 1);
-    check_parameter("padding", last, 0);
-    const int64_t border = kind == kPooling ? kernel : 2 * last;  // windows may hang over
-    LPIPS_FAST_CHECK(keys.height + border >= kernel && keys.width + border >= kernel,
-                     "receptive_fields: images of ", keys.height, "x", keys.width,
-                     " are smaller than a layer's kernel of ", kernel, "x", kernel);
-    if (kind == kPooling) {
+  for (; k < layers.size(); k += 4) {
+    const LayerShape layer(layers, k);
+    layer.check_size(keys.height, keys.width);
+    if (layer.kind == kPooling) {
       before_poolings.push_back(*keys.tensor);
-      if (k + 4 < layers.size()) keys = pooled(keys, kernel, stride, last != 0);
+      if (k + 4 < layers.size()) keys = pooled(keys, layer.kernel, layer.stride, layer.last != 0);
     } else {
       keys = together(keys);
-      if (kind == kFire) {
-        keys = side_by_side(keys, convolved(keys, kernel, stride, last, outside));
-      } else if (kernel > 1 || stride > 1 || last > 0) {
-        keys = convolved(keys, kernel, stride, last, outside);
+      if (layer.kind == kFire) {
+        keys = side_by_side(keys, convolved(keys, layer.convolution(outside)));
+      } else if (layer.moves()) {
+        keys = convolved(keys, layer.convolution(outside));
       }
     }
     outside = kOutside;
