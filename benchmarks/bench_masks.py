@@ -21,7 +21,7 @@ import torch
 from contenders import build_ours, image_pair
 
 from lpips_fast import functional
-from lpips_fast.comparison.arguments import as_position_weights
+from lpips_fast.comparison.masked_layers import as_position_weights
 
 REPOSITORY = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(REPOSITORY / "scripts"))

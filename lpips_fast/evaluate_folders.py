@@ -14,8 +14,8 @@ from typing import Any, get_args
 import torch
 
 from .compare_images import kept_model
-from .comparison.arguments import check_choice
 from .comparison.masks import MaskMode
+from .comparison.options import check_choice
 from .folders.evaluating import Evaluation
 from .folders.measures import METRIC_NAMES, PSNR, SSIM, Distance, Measure
 from .folders.pairing import (

@@ -5,50 +5,37 @@ from __future__ import annotations
 import functools
 import os
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, Any, Literal, get_args, overload
+from typing import TYPE_CHECKING, Literal, overload
 
 import torch
 from torch import Tensor, nn
 
 from . import pretrained_networks as pn
-from .comparison.arguments import (
-    as_features,
-    as_filled,
-    as_image,
-    as_mask,
-    as_position_weights,
-    check_choice,
-)
-from .comparison.calls import fast_path, like_of, prepare_call
+from .comparison.arguments import as_argument, as_image
+from .comparison.calls import fast_path, prepare_call
 from .comparison.frozen import freeze, hide_weights
-from .comparison.linear import NetLinLayer, linear_weight, load_linear_weights, load_trunk
-from .comparison.linear import rename_linear_weights as rename
+from .comparison.linear import (
+    NetLinLayer,
+    add_linear_layers,
+    layer_weight,
+    load_linear_weights,
+    load_trunk,
+)
+from .comparison.masked_layers import as_filled_to_encode, masked_layer_distances
 from .comparison.masks import MaskMode
 from .comparison.negative_weights import NegativeWeightsNotice
+from .comparison.options import Net, Reduction, Version, announce, check_options, in_words
 from .comparison.routes import layer_distances
 from .comparison.scaling import ScalingLayer
 from .comparison.spatial import spatial_average, upsample
 from .compat import DSSIM, L2, BCERankingLoss, Dist2LogitLayer, FakeNet, print_network
 from .features import Features
-from .normalization import (
-    LEARNED,
-    LearnedNorm,
-    ModelNormalization,
-    check_model_normalization,
-    depends_on_batch,
-    normalize_tensor,
-)
+from .many_images import ManyImages
+from .normalization import ModelNormalization, normalize_tensor
 from .notices import RangeNotice
 from .trunk import Trunk, architecture, check_layers, minimum_size, tap_channels
 from .trunk.packing import forget
 from .weights import lpips_state_dict, read_state_dict
-
-if TYPE_CHECKING:
-    from .pairs.sources import Images
-
-Net = Literal["alex", "vgg", "vgg16", "squeeze"]
-Version = Literal["0.0", "0.1"]
-Reduction = Literal["none", "mean", "sum"]
 
 # Beside what is made here, the names that scripts import from the original's submodule.
 __all__ = [
@@ -71,7 +58,7 @@ __all__ = [
 ]
 
 
-class LPIPS(nn.Module):
+class LPIPS(ManyImages, nn.Module):
     """Learned Perceptual Image Patch Similarity (Zhang et al., CVPR 2018).
 
     The first eleven arguments and their defaults are those of ``lpips.LPIPS`` 0.1.4; so are the
@@ -91,39 +78,32 @@ class LPIPS(nn.Module):
         verbose: print what is set up.
         weights: where the trunk's weights come from: a file, a folder or a state dict. ``None``
             searches, and at last downloads (see :mod:`lpips_fast.weights`). Linear weights in the
-            same checkpoint are used too, unless ``model_path`` names others. The trunk has the
-            widths of its checkpoint (:mod:`lpips_fast.compression` makes narrow ones), here and in
-            ``model_path``.
+            same checkpoint are used too, unless ``model_path`` names others. A trunk has the widths
+            of its checkpoint (:mod:`lpips_fast.compression` makes narrow ones).
         reduction: ``'none'`` returns one distance an image, as the original does; ``'mean'`` and
             ``'sum'`` return one number, ready to be a loss.
         check_inputs: ``None`` looks at the values of the first call alone and warns once of a range
-            that is surely wrong. ``True`` looks at every input and warns of NaN, infinity, and
-            values outside the range that ``normalize`` implies; of features, it warns of NaN and
-            infinity, and refuses those that are not of images of their size; it costs a
-            synchronisation on GPUs. ``False`` never looks.
+            that is surely wrong. ``True`` looks at every input (a synchronisation on GPUs), warns
+            of NaN, infinity and values outside the range that ``normalize`` implies, and refuses
+            features that are not of images of their size. ``False`` never looks.
         dtype: run the trunk in ``torch.bfloat16`` or ``torch.float16``, on images of any floating
             dtype; scaling, distances and their sums stay float32.
         max_batch: without a graph, look at no more than so many pairs at a time. Where memory runs
             out on a device that can say so, batches are halved anyway.
         checkpoint: keep only the taps for backward and recompute what lies between them.
-        normalization: of the features before they are compared: ``'l2'``, which is LPIPS and has
-            the fused kernel, or ``'l1'``, ``'max'``, ``'std'``, ``'none'``, ``'layer'``,
-            ``'instance'``, ``'batch'``, for experiments (see :mod:`lpips_fast.normalization`). The
-            published weights were learned with ``'l2'``. ``'learned'`` is ``'l2'`` with a factor
-            and a shift on the norm, which learn with the linear weights
-            (:class:`lpips_fast.normalization.LearnedNorm`) and lie beside them in checkpoints.
-        layers: indices of the layers to compare, for example ``(0, 1, 2)``; the trunk runs no
-            further than the last of them, from images as small as that part can take. The result
-            is the sum over these layers alone: a lower bound of LPIPS (its weights are not
-            negative), and not LPIPS. ``None``: all. Everything that speaks of layers speaks of
-            these, in ascending order (:attr:`layers`, ``retPerLayer``, :class:`Features`), while
-            the parameters, :attr:`lins`, :attr:`chns` and :attr:`L` stay those of the whole trunk,
-            so that checkpoints load.
+        normalization: of the features before they are compared: ``'l2'``, which is LPIPS, has the
+            fused kernel, and is what the published weights were learned with; ``'l1'``, ``'max'``,
+            ``'std'``, ``'none'``, ``'layer'``, ``'instance'``, ``'batch'`` for experiments (see
+            :mod:`lpips_fast.normalization`); or ``'learned'``, ``'l2'`` with a factor and a shift
+            on the norm that learn with the linear weights.
+        layers: indices of the layers to compare, for example ``(0, 1, 2)``; ``None``: all. The
+            trunk runs no further than the last, and the sum over these layers alone is a lower
+            bound of LPIPS, and not LPIPS. :attr:`layers`, ``retPerLayer`` and :class:`Features`
+            speak of these, ascending; the parameters, :attr:`lins`, :attr:`chns` and :attr:`L` stay
+            those of the whole trunk, so that checkpoints load.
         frozen: for a loss inside a module that is trained: whatever happens to that module, the
-            loss keeps its weights. No gradient reaches them, not even after
-            ``parent.requires_grad_(True)``; ``parent.train()`` turns on no dropout; and
-            ``parent.state_dict()`` neither holds nor misses them. By itself the model saves and
-            loads as any other. See :mod:`lpips_fast.comparison.frozen`.
+            loss keeps its weights, learns nothing, drops nothing, and ``parent.state_dict()``
+            neither holds nor misses it. See :mod:`lpips_fast.comparison.frozen`.
 
     Attributes:
         layers: the layers that are compared, ascending.
@@ -136,6 +116,9 @@ class LPIPS(nn.Module):
     >>> model(image, image).flatten().tolist()
     [0.0, 0.0]
     """
+
+    lins: nn.ModuleList
+    norms: nn.ModuleList
 
     def __init__(
         self,
@@ -162,37 +145,7 @@ class LPIPS(nn.Module):
         frozen: bool = False,
     ) -> None:
         super().__init__()
-        check_choice("version", version, get_args(Version))
-        check_choice("reduction", reduction, get_args(Reduction))
-        if max_batch is not None and max_batch < 1:
-            raise ValueError(f"max_batch must be at least 1, got {max_batch}")
-        if frozen and pnet_tune:
-            raise ValueError(
-                "frozen=True keeps all weights, but pnet_tune=True lets the trunk learn; "
-                "pass one of the two"
-            )
-        check_model_normalization(normalization)
-        if normalization == LEARNED and not lpips:
-            raise ValueError(
-                "normalization='learned' learns beside the linear weights, and lpips=False has "
-                "none: pass one of the two"
-            )
-        if max_batch is not None and depends_on_batch(normalization):
-            raise ValueError(
-                f"normalization={normalization!r} takes a batch as a whole, which max_batch "
-                "divides: pass one of the two"
-            )
         trunk_name: str = "vgg" if net == "vgg16" else net
-        # An unknown net is told before anything is printed or loaded.
-        self._chosen_layers = None if layers is None else check_layers(trunk_name, layers)
-        self.L = len(tap_channels(trunk_name))
-        if verbose:
-            print(
-                f"Setting up [{'LPIPS' if lpips else 'baseline'}] perceptual loss: "
-                f"trunk [{net}], v[{version}], spatial [{'on' if spatial else 'off'}]"
-                + (f", normalization [{normalization}]" if normalization != "l2" else "")
-                + (f", layers {list(self.layers)}" if layers is not None else "")
-            )
         self.pnet_type = net
         self.pnet_tune = pnet_tune
         self.pnet_rand = pnet_rand
@@ -206,6 +159,12 @@ class LPIPS(nn.Module):
         self.checkpoint = checkpoint
         self.normalization = normalization
         self.frozen = frozen
+        check_options(self)
+        # An unknown net is told before anything is printed or loaded.
+        self._chosen_layers = None if layers is None else check_layers(trunk_name, layers)
+        self.L = len(tap_channels(trunk_name))
+        if verbose:
+            announce(self)
         self.minimum_size = minimum_size(trunk_name, self.layers)
         self.scaling_layer = ScalingLayer()
         self._range_notice = RangeNotice()
@@ -225,13 +184,7 @@ class LPIPS(nn.Module):
         self.chns = tap_channels(trunk_name)
         self.net = Trunk(trunk_name, trunk_weights, requires_grad=pnet_tune)
         if lpips:
-            for k, channels in enumerate(self.chns):
-                self.add_module(f"lin{k}", NetLinLayer(channels, use_dropout=use_dropout))
-            # The same modules again under `lins`, as in the original, whose checkpoints hold both.
-            self.lins = nn.ModuleList(getattr(self, f"lin{k}") for k in range(self.L))
-            self.register_load_state_dict_pre_hook(rename)
-            if normalization == LEARNED:
-                self.norms = nn.ModuleList(LearnedNorm(channels) for channels in self.chns)
+            add_linear_layers(self, use_dropout)
             if pretrained:
                 load_linear_weights(self, model_path, learned, lin_weights, verbose)
         if dtype is not None:
@@ -254,10 +207,7 @@ class LPIPS(nn.Module):
 
     def layer_weight(self, layer: int) -> Tensor:
         """The linear weights (C,) of a layer, one a channel; ones in the baseline."""
-        if not self.lpips:
-            return like_of(self).new_ones(self.chns[layer])
-        weight = linear_weight(self.lins[layer]).view(-1)  # type: ignore[arg-type]
-        return weight.detach() if self.frozen else weight
+        return layer_weight(self, layer)
 
     def fast_path(self) -> dict[str, str]:
         """Of every part, whether it runs fast as things are, or the first reason why not.
@@ -266,8 +216,7 @@ class LPIPS(nn.Module):
         that is certain; a part that is hooked, replaced or reconfigured is called as a module.
 
         Returns:
-            ``"yes"`` or a reason, for the scaling layer, every slice of the trunk, and the linear
-            layers.
+            ``"yes"`` or a reason, for the scaling layer, every slice, and the linear layers.
 
         >>> LPIPS(pnet_rand=True, verbose=False).fast_path()["slice1"]
         'yes'
@@ -275,14 +224,11 @@ class LPIPS(nn.Module):
         return fast_path(self)
 
     def repack(self) -> None:
-        """Has everything that was packed of the trunk's weights made anew by the next call.
+        """Has what was packed of the trunk's weights made anew by the next call.
 
-        For code that writes a few single weights behind torch's back; a write to a whole filter or
-        channel, by whatever way, is seen without.
+        For code that writes single weights behind torch's back; a write to a whole filter is seen.
         """
         forget(self.parameters())
-
-    # ------------------------------------------------------------------------------- features
 
     def encode(
         self,
@@ -302,8 +248,7 @@ class LPIPS(nn.Module):
             images: as in :meth:`forward`.
             normalize: images are in [0, 1].
             mask, fill_value: encode the images with this value outside the mask, as ``forward``
-                with ``mask_mode="fill"`` does. A mask that weights (``mask_mode="weighted"``)
-                belongs to the comparison, and goes to :meth:`forward` or :meth:`distance`.
+                with ``mask_mode="fill"`` does. A mask that weights belongs to the comparison.
 
         >>> model = LPIPS(pnet_rand=True, verbose=False)
         >>> target = model.encode(torch.zeros(1, 3, 64, 64))
@@ -312,13 +257,7 @@ class LPIPS(nn.Module):
         """
         image = as_image(self, "images", images, normalize)
         if mask is not None:
-            check_choice("mask_mode", mask_mode, get_args(MaskMode))
-            if mask_mode == "weighted":
-                raise ValueError(
-                    "mask_mode='weighted' does not change features; pass the mask to forward or "
-                    "distance, or encode with mask_mode='fill'"
-                )
-            (image,) = as_filled(self, [image], mask, fill_value, normalize)
+            image = as_filled_to_encode(self, image, normalize, mask, mask_mode, fill_value)
         return prepare_call(self, [image], normalize).encode(image)
 
     # ------------------------------------------------------------------------------- distance
@@ -409,30 +348,15 @@ class LPIPS(nn.Module):
                 ``check_inputs=False``, such a mask makes the distance NaN).
             TypeError: integers, or dtypes that differ from each other or from the model's.
         """
-        if mask is not None:
-            check_choice("mask_mode", mask_mode, get_args(MaskMode))
-        pair: Sequence[Tensor | Features] = [
-            as_features(self, name, x)
-            if isinstance(x, Features)
-            else as_image(self, name, x, normalize)
-            for name, x in (("in0", in0), ("in1", in1))
-        ]
+        pair = [as_argument(self, "in0", in0, normalize), as_argument(self, "in1", in1, normalize)]
         if self.check_inputs is None:
             self._range_notice.look(pair, normalize)
         if self.lpips and not self.frozen and torch.is_grad_enabled():
             self._negative_weights_notice.look(self.lins)
         if mask is None:
             layers = layer_distances(self, pair[0], pair[1], normalize)
-        elif mask_mode == "fill":
-            pair = as_filled(self, pair, mask, fill_value, normalize)
-            layers = layer_distances(self, pair[0], pair[1], normalize)
-        elif self.spatial:
-            mask = as_mask(self, mask, pair)
-            layers = layer_distances(self, pair[0], pair[1], normalize)
-            layers = [layer * mask.to(layer.dtype) for layer in layers]
         else:
-            weighted = as_position_weights(self, mask, pair)
-            layers = layer_distances(self, pair[0], pair[1], normalize, weighted)
+            layers = masked_layer_distances(self, pair, normalize, mask, mask_mode, fill_value)
         value = self._reduce(functools.reduce(torch.add, layers))
         return (value, [self._reduce(layer) for layer in layers]) if retPerLayer else value
 
@@ -468,49 +392,8 @@ class LPIPS(nn.Module):
         mask: Tensor | None = None,
     ) -> Tensor | tuple[Tensor, list[Tensor]]:
         """:meth:`forward` on features that :meth:`encode` returned; a mask weights positions."""
-        if mask is None:
-            return self(features0, features1, retPerLayer)
         return self(features0, features1, retPerLayer, mask=mask)
-
-    @property
-    def _net_in_words(self) -> str:
-        """As it was asked for; a narrow trunk's name where it is one."""
-        is_narrow = self.net_name != architecture(self.net_name)
-        return self.net_name if is_narrow else self.pnet_type
 
     def extra_repr(self) -> str:
         """How the number is made, as part of ``repr(model)``."""
-        return (
-            f"net={self._net_in_words!r}, version={self.version!r}, lpips={self.lpips}, "
-            f"normalization={self.normalization!r}"
-            + (f", layers={self.layers}" if len(self.layers) < self.L else "")
-        )
-
-    # -------------------------------------------------------------------------- many images
-
-    def pairwise(self, X: Images, Y: Images | None = None, **options: Any) -> Tensor:
-        """Distances (N, M) between all pairs, from one trunk pass an image instead of a pair.
-
-        See :func:`lpips_fast.pairs.pairwise` for the arguments.
-        """
-        from .pairs.all_pairs import pairwise
-
-        return pairwise(self, X, Y, **options)
-
-    def nearest(self, X: Images, gallery: Images, k: int, **options: Any) -> tuple[Tensor, Tensor]:
-        """Distances and positions (N, k) of the k nearest images of a gallery.
-
-        See :func:`lpips_fast.pairs.nearest` for the arguments.
-        """
-        from .pairs.all_pairs import nearest
-
-        return nearest(self, X, gallery, k, **options)
-
-    def embed(self, x: Images, **options: Any) -> Tensor:
-        """Vectors (N, D) whose squared Euclidean distance is LPIPS, for a vector index.
-
-        See :func:`lpips_fast.pairs.embed` for the arguments.
-        """
-        from .pairs.embedding import embed
-
-        return embed(self, x, **options)
+        return in_words(self)

@@ -13,8 +13,8 @@ from typing import Any, Literal, get_args
 import torch
 from torch import Tensor
 
-from .comparison.arguments import check_choice
 from .comparison.masks import MaskMode
+from .comparison.options import check_choice
 from .features import Features
 from .lpips import LPIPS, Version
 from .normalization import ModelNormalization

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from ..comparison.calls import lins_are_linear
+from ..comparison.options import net_in_words
 from ..features import Features
 from ..normalization import NORMALIZATIONS, check_normalization
 from ..trunk.table import trunk_spec
@@ -55,7 +56,7 @@ def describe(model: LPIPS) -> str:
     dtype = model.dtype or model.scaling_layer.shift.dtype
     if dtype != torch.float32:
         other += f", {str(dtype).removeprefix('torch.')}"
-    return f"{trunk}{metric} {model._net_in_words}, version {model.version}{other}"
+    return f"{trunk}{metric} {net_in_words(model)}, version {model.version}{other}"
 
 
 def layer_names(model: LPIPS) -> tuple[str, ...]:

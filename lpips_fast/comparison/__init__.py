@@ -2,7 +2,8 @@
 
 :mod:`.calls` says what of a model may run by hand just now, :mod:`.routes` has the ways from two
 images to every layer's distance, :mod:`.slice_distance` a slice and its distance as one node of
-autograd. :mod:`.scaling` and :mod:`.linear` are the modules before and behind the trunk.
+autograd, :mod:`.masked_layers` what a mask makes of a pair. :mod:`.scaling` and :mod:`.linear` are
+the modules before and behind the trunk, :mod:`.options` the words that a model is made with.
 """
 
 from .linear import NetLinLayer

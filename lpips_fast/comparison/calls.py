@@ -36,7 +36,13 @@ from ..trunk.slice_node import taps_without_graph
 from ..trunk.table import IMAGE_CHANNELS
 from .linear import NetLinLayer, drops
 from .masks import Mask
-from .scaling import ScalingLayer, scaled_batch, scaled_batch_and_flags, scaled_pair
+from .scaling import (
+    ScalingLayer,
+    like_of,
+    scaled_batch,
+    scaled_batch_and_flags,
+    scaled_pair,
+)
 
 if TYPE_CHECKING:
     from ..lpips import LPIPS
@@ -239,12 +245,6 @@ def fast_path(model: LPIPS) -> dict[str, str]:
         faults[f"slice{k + 1}"] = None if isinstance(found, FastSlice) else found
     faults["lins"] = lins_fault(model)
     return {part: "yes" if fault is None else str(fault) for part, fault in faults.items()}
-
-
-def like_of(model: LPIPS) -> Tensor:
-    """A tensor on the model's device, of the dtype that images are scaled in."""
-    shift = model.scaling_layer._buffers.get("shift")
-    return shift if isinstance(shift, Tensor) else next(model.parameters())
 
 
 def run(model: LPIPS, module: nn.Module, x: Tensor) -> Tensor:

@@ -9,9 +9,10 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from ..normalization import LEARNED
+from ..normalization import LEARNED, LearnedNorm
 from ..trunk import architecture, name_by_shapes
 from ..weights import WeightsError, load_lin_weights, load_trunk_and_linear_weights, narrow_name
+from .scaling import like_of
 
 if TYPE_CHECKING:
     from ..lpips import LPIPS
@@ -35,6 +36,14 @@ class NetLinLayer(nn.Module):
 def linear_weight(lin: NetLinLayer) -> Tensor:
     """(chn_out, chn_in, 1, 1)."""
     return lin.model[-1].weight  # type: ignore[return-value]
+
+
+def layer_weight(model: LPIPS, layer: int) -> Tensor:
+    """(C,): ones in the baseline, without a gradient in a frozen model."""
+    if not model.lpips:
+        return like_of(model).new_ones(model.chns[layer])
+    weight = linear_weight(model.lins[layer]).view(-1)  # type: ignore[arg-type]
+    return weight.detach() if model.frozen else weight
 
 
 @torch.no_grad()
@@ -80,6 +89,17 @@ def load_trunk(
     if net not in (found, architecture(net)):
         raise WeightsError(f"the weights are of the trunk {found!r}, and {net!r} was asked for")
     return trunk, linear, found
+
+
+def add_linear_layers(model: LPIPS, use_dropout: bool) -> None:
+    """One for every layer of the trunk, and what a learned normalisation has beside them."""
+    for k, channels in enumerate(model.chns):
+        model.add_module(f"lin{k}", NetLinLayer(channels, use_dropout=use_dropout))
+    # The same modules again under `lins`, as in the original, whose checkpoints hold both.
+    model.lins = nn.ModuleList(getattr(model, f"lin{k}") for k in range(model.L))
+    model.register_load_state_dict_pre_hook(rename_linear_weights)
+    if model.normalization == LEARNED:
+        model.norms = nn.ModuleList(LearnedNorm(channels) for channels in model.chns)
 
 
 def load_linear_weights(

@@ -26,8 +26,9 @@ from ..trunk.legality import FastSlice
 from ..trunk.receptive_fields import receptive_fields
 from ..trunk.slice_node import as_images, slice_tap
 from . import gradient_scaling
-from .calls import Call, is_unwatched, like_of, prepare_call, run, size_of
+from .calls import Call, is_unwatched, prepare_call, run, size_of
 from .masks import Mask
+from .scaling import like_of
 from .slice_distance import slice_distance
 from .spatial import spatial_average, upsample
 

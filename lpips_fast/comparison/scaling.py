@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 
 from .. import kernels
+
+if TYPE_CHECKING:
+    from ..lpips import LPIPS
 
 
 class ScalingLayer(nn.Module):
@@ -126,3 +129,9 @@ class _ScaledPair(torch.autograd.Function):
             return (None,) * 7
         (scale,) = ctx.saved_tensors
         return (grad.to(ctx.dtype) / scale.to(ctx.dtype), *(None,) * 6)
+
+
+def like_of(model: LPIPS) -> Tensor:
+    """A tensor on the model's device, of the dtype that images are scaled in."""
+    shift = model.scaling_layer._buffers.get("shift")
+    return shift if isinstance(shift, Tensor) else next(model.parameters())
