@@ -1,8 +1,10 @@
-"""A student that learns a metric's distances: the whole of it, and every layer's part.
+"""A student that learns a metric: its distances, every layer's part, and where they come from.
 
 Where student and teacher have as many layers, each layer's distance is fitted too, which tells the
 student what the sum leaves open. Distances are compared by their logarithms, so that small ones,
-where training of images ends, count as much as large ones.
+where training of images ends, count as much as large ones. And where the layers are of the same
+heights and widths, so are their maps: how far the features of both images differ at each position.
+That is what can be said of features whose channels are others.
 """
 
 from __future__ import annotations
@@ -15,13 +17,18 @@ from torch import Tensor
 from tqdm import tqdm
 
 from ..comparison.linear import project_linear_weights
+from ..functional import distance_map
 from ..lpips import LPIPS
+from ..normalization import LEARNED
 from .triplets import Triplets
 
 __all__ = ["DistillationError", "distill"]
 
 # Added to distances before their logarithm: below, they are no more than rounding and noise.
 _FLOOR = 1e-3
+# Of the maps' relative squared errors, beside the distances'. By trying: ten times as much, or
+# none, leaves a larger error (docs/compression.md).
+_MAPS = 0.1
 
 
 class DistillationError(Exception):
@@ -96,20 +103,36 @@ def distill(
 def _loss(student: LPIPS, teacher: LPIPS, triplets: Triplets, device: Any) -> Tensor:
     images = torch.cat((triplets.ref, triplets.p0, triplets.p1)).to(device)
     with torch.no_grad():
-        wanted = _distances(teacher, images)
-    found = _distances(student, images)
+        wanted, wanted_maps = _distances(teacher, images)
+    found, found_maps = _distances(student, images)
     if len(found) != len(wanted):  # of other layers: the sum alone
         found, wanted = found[:1], wanted[:1]
-    return ((found + _FLOOR).log() - (wanted + _FLOOR).log()).square().mean()
+    loss = ((found + _FLOOR).log() - (wanted + _FLOOR).log()).square().mean()
+    if [m.shape for m in found_maps] != [m.shape for m in wanted_maps]:
+        return loss
+    errors = [
+        (f - w).square().mean() / w.square().mean().clamp(min=torch.finfo(w.dtype).tiny)
+        for f, w in zip(found_maps, wanted_maps)
+    ]
+    return loss + _MAPS * torch.stack(errors).mean()
 
 
-def _distances(model: LPIPS, images: Tensor) -> Tensor:
-    """(1 + L, 2 N): the distance from each reference to both copies, and each layer's part."""
+def _distances(model: LPIPS, images: Tensor) -> tuple[Tensor, list[Tensor]]:
+    """(1 + L, 2 N): the distance from each reference to both copies, and each layer's part.
+
+    And of each layer the map (2 N, 1, H_l, W_l) whose mean that part is.
+    """
     count = len(images) // 3
-    features = model.encode(images)
-    copies = (features[count : 2 * count], features[2 * count :])
-    parts = []
-    for other in copies:
-        value, layers = model.distance(features[:count], other, retPerLayer=True)
-        parts.append(torch.stack([value.flatten(), *(layer.flatten() for layer in layers)]))
-    return torch.cat(parts, dim=1)
+    taps = model.encode(images).taps
+    references = [torch.cat((tap[:count], tap[:count])) for tap in taps]
+    copies = [tap[count:] for tap in taps]
+    if model.normalization == LEARNED:
+        norms = [model.norms[k] for k in model.layers]
+        references, copies = (
+            [norm(tap) for norm, tap in zip(norms, side)] for side in (references, copies)
+        )
+    weights = [model.layer_weight(k) for k in model.layers]
+    normalization = "none" if model.normalization == LEARNED else model.normalization
+    maps = distance_map(references, copies, weights, normalization=normalization)
+    layers = torch.stack([of_layer.mean(dim=(1, 2, 3)) for of_layer in maps])
+    return torch.cat((layers.sum(dim=0, keepdim=True), layers)), maps

@@ -14,6 +14,7 @@ from lpips_fast.compression import (
     distorted_triplets,
     prune,
 )
+from lpips_fast.compression.distillation import _distances
 from lpips_fast.export.portable import PortableLPIPS
 
 
@@ -37,6 +38,25 @@ def test_a_narrow_student(teacher: LPIPS) -> None:
     pair = triplets.ref[:2], triplets.p1[:2]
     with torch.no_grad():
         torch.testing.assert_close(PortableLPIPS(student)(*pair), student(*pair).flatten())
+
+
+@pytest.mark.parametrize("normalization", ["l2", "l1", "learned"])
+def test_what_is_fitted_is_the_metric(normalization) -> None:
+    """The whole, every layer's part, and the maps whose means these are."""
+    model = LPIPS(verbose=False, normalization=normalization)
+    if normalization == "learned":
+        with torch.no_grad():
+            for norm in model.norms:
+                norm.shift.add_(0.1)
+    images = distorted_triplets(list(some_images(3, (60, 50))), 40, 4)
+    together = torch.cat((images.ref, images.p0, images.p1))
+    found, maps = _distances(model, together)
+    for first, copies in ((0, images.p0), (4, images.p1)):
+        value, layers = model(images.ref, copies, retPerLayer=True)
+        expected = torch.stack([value.flatten(), *(layer.flatten() for layer in layers)])
+        torch.testing.assert_close(found[:, first : first + 4], expected)
+    for layer, of_layer in zip(found[1:], maps):
+        torch.testing.assert_close(of_layer.mean(dim=(1, 2, 3)), layer)
 
 
 def test_a_student_of_another_trunk(teacher: LPIPS) -> None:
