@@ -50,7 +50,7 @@ class Part(NamedTuple):
 
 def readme(results: Results) -> str:
     """Three lines: one trunk each, float32, 256², its largest batch."""
-    rows = []
+    rows, compiled = [], load("compile")
     for net, words in report.TRUNKS.items():
         cells = []
         for mode in ("forward", "step"):
@@ -67,6 +67,7 @@ def readme(results: Results) -> str:
                 report.milliseconds(case["seconds"][package]) for package in ("lpips_fast", "lpips")
             )
             cells.append(f"{ours} ms, {case['times_as_fast_as']['lpips']:.1f}× ({theirs} ms)")
+            cells.append(f"{bench_compile.compiled_ratio(compiled, net, 256, mode):.1f}×")
         memory = next(
             entry["bytes"]
             for entry in results["memory"]
@@ -76,10 +77,11 @@ def readme(results: Results) -> str:
         pairs = f"{case['batch']} pairs" if case["batch"] > 1 else "1 pair"
         rows.append([f"{words}, {pairs} of 256²", *cells])
     device = results["machine"]["facts"]["Device"]
-    head = [device, "forward", "training step", "peak memory of a step"]
+    head = [device, "forward", "compiled", "training step", "compiled", "peak memory of a step"]
     return (
         f"{report.table(head, rows)}\n\nTimes as fast as the unmodified `lpips`, whose time is in "
-        "brackets; float32, medians: [docs/performance.md](docs/performance.md)."
+        "brackets; and both under `torch.compile`, `lpips` in the faster of two memory orders. "
+        "Float32, medians: [docs/performance.md](docs/performance.md)."
     )
 
 
