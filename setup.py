@@ -99,7 +99,8 @@ GCC_FLAGS = ["-Wno-maybe-uninitialized", "-Wno-uninitialized"]
 SANITIZE = os.environ.get("LPIPS_FAST_SANITIZE") == "1"
 SANITIZER_FLAGS = [
     *("-fsanitize=address,undefined", "-fno-sanitize=vptr", "-fno-sanitize-recover=all"),
-    *("-O1", "-g"),
+    # What else is undefined shows too: overflow of signed numbers, and what is asserted.
+    *("-fno-wrapv", "-UNDEBUG", "-O1", "-g1"),
 ]
 # Messages name files as a reader of the sources knows them, not as they lie here.
 PREFIX_MAPS = [

@@ -3,9 +3,9 @@
     python scripts/sanitize.py              # drivers and a slice of the operators' fuzzer
     python scripts/sanitize.py tests        # all tests, or those named, under the sanitizers
 
-First two C++ drivers (tests/sanitize): the torch-free kernels of csrc/cpu on memory that is exactly
-as large as they may touch, and the launch plans of csrc/cuda. Then the extension, built with the
-sanitizers for this machine's instruction set into build/sanitize, under the tests that call every
+The extension is built with the sanitizers, for this machine's instruction set, into build/sanitize.
+Two C++ drivers (tests/sanitize) run the torch-free kernels of csrc/cpu on memory that is exactly as
+large as they may touch, and the launch plans of csrc/cuda. Then the tests run that call every
 operator with arguments as they should not be. The first finding ends the run: exit code 1.
 """
 
@@ -27,7 +27,7 @@ from torch.utils import cpp_extension
 REPOSITORY = Path(__file__).resolve().parents[1]
 BUILD = REPOSITORY / "build" / "sanitize"
 DRIVERS = REPOSITORY / "tests" / "sanitize"
-SANITIZERS = ["-fsanitize=address,undefined", "-fno-sanitize-recover=all", "-O1", "-g"]
+SANITIZERS = ["-fsanitize=address,undefined", "-fno-sanitize-recover=all", "-O1", "-g1"]
 FLAGS = ["-std=c++20", "-Wall", "-Wextra", "-Wno-psabi", "-ffp-contract=off"]
 CAPABILITIES = {
     "DEFAULT": [],
@@ -77,19 +77,29 @@ def compile_all(
         return list(pool.map(compiled, sources))
 
 
-def compile_kernel_driver(compiler: str, flags: Sequence[str], folder: Path, jobs: int) -> Path:
-    """The driver of the torch-free CPU kernels, for the instruction set of ``flags``."""
-    kernels = sorted((REPOSITORY / "csrc" / "cpu").glob("*_kernels.cpp"))
+def compile_kernel_driver(
+    compiler: str,
+    flags: Sequence[str],
+    folder: Path,
+    jobs: int,
+    kernels: Sequence[Path] = (),
+) -> Path:
+    """The driver of the torch-free CPU kernels, for the instruction set of ``flags``.
+
+    Args:
+        kernels: their objects, where they are compiled already.
+    """
     headers = [f"-isystem{path}" for path in cpp_extension.include_paths()]
-    sources = [*kernels, DRIVERS / "cpu_kernels.cpp"]
+    sources = [] if kernels else sorted((REPOSITORY / "csrc" / "cpu").glob("*_kernels.cpp"))
+    sources.append(DRIVERS / "cpu_kernels.cpp")
     objects = compile_all(compiler, [*flags, *headers], sources, folder, jobs)
     linked = folder / "cpu_kernels"
-    run([compiler, *flags, *objects, "-o", str(linked)])
+    run([compiler, *flags, *map(str, kernels), *objects, "-o", str(linked)])
     return linked
 
 
 def compile_drivers(jobs: int) -> list[Path]:
-    """The drivers' paths: of the kernels in this machine's instruction set, and of the plans."""
+    """The drivers' paths: of the kernels that the extension was built of, and of the plans."""
     capability = torch.backends.cpu.get_cpu_capability()
     if capability not in CAPABILITIES:
         capability = "DEFAULT"
@@ -99,11 +109,21 @@ def compile_drivers(jobs: int) -> list[Path]:
         f"-DCPU_CAPABILITY={capability}",
         f"-DCPU_CAPABILITY_{capability}=1",
     ]
-    kernels = compile_kernel_driver(compiler(), [*flags, *vectors], BUILD, jobs)
-    plans = BUILD / "launch_plans"
-    objects = compile_all(compiler(), flags, [DRIVERS / "launch_plans.cpp"], BUILD, jobs)
-    run([compiler(), *SANITIZERS, *objects, "-o", str(plans)])
-    return [kernels, plans]
+    built = sorted((BUILD / "base" / "objects").glob(f"*/_cpu_{capability.lower()}"))
+    kernels = sorted(max(built, key=lambda path: path.stat().st_mtime).glob("*_kernels.o"))
+
+    def plans() -> Path:
+        linked = BUILD / "launch_plans"
+        objects = compile_all(compiler(), flags, [DRIVERS / "launch_plans.cpp"], BUILD, 1)
+        run([compiler(), *SANITIZERS, *objects, "-o", str(linked)])
+        return linked
+
+    with ThreadPoolExecutor(jobs) as pool:
+        of_plans = pool.submit(plans)
+        return [
+            compile_kernel_driver(compiler(), [*flags, *vectors], BUILD, 1, kernels),
+            of_plans.result(),
+        ]
 
 
 def build_extension(jobs: int) -> Path:
@@ -159,14 +179,14 @@ def main() -> None:
     def report(what: str) -> None:
         print(f"{time.perf_counter() - began:6.1f} s  {what}", flush=True)
 
+    package = build_extension(options.jobs)
+    report("extension built")
     if not options.tests:
         kernels, plans = compile_drivers(options.jobs)
         report("drivers compiled")
         run([str(kernels), str(options.rounds)])
         run([str(plans), str(100 * options.rounds)])
         report("drivers ran")
-    package = build_extension(options.jobs)
-    report("extension built")
     run_tests(package, options.tests or FUZZED)
     report("tests ran: the sanitizers found nothing")
 
