@@ -7,13 +7,16 @@ to bounds.
 from __future__ import annotations
 
 import argparse
+import functools
 import itertools
 import platform
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from types import ModuleType
 from typing import NamedTuple
+from unittest import mock
 
 import torch
 from torch import Tensor
@@ -49,6 +52,11 @@ def relative(result: Tensor, expected: Tensor) -> float:
 
 def trunk_weights(net: str, seed: int = 0) -> dict[str, Tensor]:
     """Random weights that keep activations in range (He et al. 2015), the same for both."""
+    return dict(_drawn_weights(net, seed))
+
+
+@functools.cache
+def _drawn_weights(net: str, seed: int) -> dict[str, Tensor]:
     generator = torch.Generator().manual_seed(seed)
     weights = {}
     for name, shape in lpips_fast.trunk.feature_shapes(net).items():
@@ -60,13 +68,30 @@ def trunk_weights(net: str, seed: int = 0) -> dict[str, Tensor]:
     return weights
 
 
+@contextmanager
+def without_initialization() -> Iterator[None]:
+    """Modules made within hold whatever is in memory, until all of it is loaded.
+
+    Else torchvision draws the 124 million numbers of VGG16's classifier, which nobody looks at.
+    """
+
+    def left(tensor: Tensor, *_: object, **__: object) -> Tensor:
+        return tensor
+
+    with ExitStack() as patches:
+        for name in ("kaiming_normal_", "kaiming_uniform_", "normal_", "uniform_", "constant_"):
+            patches.enter_context(mock.patch.object(torch.nn.init, name, left))
+        yield
+
+
 def models(
     reference: ModuleType, net: str, version: str, dtype: torch.dtype, **options
 ) -> tuple[torch.nn.Module, torch.nn.Module]:
     """Ours and the original, with the same weights: ours are loaded into the original, strictly."""
     common = {"net": net, "version": version, "verbose": False, **options}
     ours = lpips_fast.LPIPS(**common, weights=trunk_weights(net))
-    theirs = reference.LPIPS(**common, pnet_rand=True)
+    with without_initialization():
+        theirs = reference.LPIPS(**common, pnet_rand=True)
     theirs.load_state_dict(ours.state_dict(), strict=True)
     return ours.to(dtype), theirs.to(dtype)
 
@@ -196,7 +221,8 @@ def real_models(
 ) -> tuple[torch.nn.Module, torch.nn.Module]:
     """Ours and the original with ImageNet's weights, the trunk frozen."""
     ours = lpips_fast.LPIPS(net=net, version=version, weights=weights, verbose=False)
-    theirs = reference.LPIPS(net=net, version=version, pnet_rand=True, verbose=False)
+    with without_initialization():
+        theirs = reference.LPIPS(net=net, version=version, pnet_rand=True, verbose=False)
     theirs.load_state_dict(ours.state_dict(), strict=True)
     return ours, theirs.requires_grad_(False)
 
