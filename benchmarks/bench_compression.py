@@ -1,6 +1,6 @@
 """Lighter trunks: what each way of making them saves, and how far it agrees with the whole metric.
 
-    python benchmarks/bench_compression.py                # all trunks, half an hour and more
+    python benchmarks/bench_compression.py                # all trunks, a quarter of an hour
     python benchmarks/bench_compression.py --net alex     # one, beside what is there of the others
 
 Fitted on some of scikit-image's photographs and judged on others, by crops of 64² with distortions
