@@ -18,14 +18,15 @@ from .cuda_device import CudaKernels, driver_fault
 FOLDER = Path(__file__).parent
 
 
-def _library(name: str) -> Path | None:
+def library_path(name: str) -> Path | None:
+    """Of a library that was built, or None."""
     candidates = (FOLDER / f"{name}{suffix}" for suffix in EXTENSION_SUFFIXES)
     return next((path for path in candidates if path.exists()), None)
 
 
 def _load() -> tuple[list[str], CudaKernels | None]:
     """Loads the schemas, the CPU kernels torch itself would choose here, and the CUDA kernels."""
-    if _library("_C") is None:
+    if library_path("_C") is None:
         raise ImportError(
             f"lpips_fast is not built: {FOLDER} holds no _C extension. "
             'Install it with "pip install --no-build-isolation ." from the source folder, and '
@@ -37,10 +38,15 @@ def _load() -> tuple[list[str], CudaKernels | None]:
         torch.backends.cpu.get_cpu_capability(), "default"
     )
     # Torch may know an instruction set that the compiler of the extension did not.
-    names = [f"_cpu_{capability}", "_cpu_default"]
-    cpu = next(path for path in map(_library, names) if path is not None)
+    names = list(dict.fromkeys((f"_cpu_{capability}", "_cpu_default")))
+    cpu = next((path for path in map(library_path, names) if path is not None), None)
+    if cpu is None:
+        raise ImportError(
+            f"lpips_fast was built for other CPUs: {FOLDER} holds no {' and no '.join(names)}. "
+            "Build it on this machine."
+        )
     loaded = [cpu]
-    cuda = _library("_cuda")
+    cuda = library_path("_cuda")
     built = json.loads(_C.build_info())
     if cuda is not None and torch.version.cuda is not None:
         fault = driver_fault(built["nvcc"])
