@@ -42,8 +42,8 @@ Tensor conv2d(Tensor x, Tensor packed, std::optional<Tensor> bias, bool relu, in
   const int64_t height = geometry.results(x.size(2)), width = geometry.results(x.size(3));
   const Tensor y = empty_images(batch, out_channels, height, width);
   if (y.numel() == 0) return y;
-  if (padding > 0) x = with_border(positions_of(x), padding, batch, channels, x.size(2), x.size(3));
-  stride = std::min(stride, std::max(x.size(2), x.size(3)));  // beyond, it steps over nothing
+  // Beyond, it steps over nothing.
+  stride = std::min(stride, std::max(x.size(2), x.size(3)) + 2 * padding);
   direct_convolve({.width = width,
                    .kernel = kernel,
                    .stride = stride,
@@ -52,7 +52,10 @@ Tensor conv2d(Tensor x, Tensor packed, std::optional<Tensor> bias, bool relu, in
                    .images = positions_of(x),
                    .packed = weights,
                    .epilogue = {.bias = pointer_to(bias), .relu = relu},
-                   .results = positions_to(y)},
+                   .results = positions_to(y),
+                   .padding = padding,
+                   .in_height = x.size(2),
+                   .in_width = x.size(3)},
                   batch, height);
   return y;
 }
@@ -80,24 +83,6 @@ void clear_border(const Positions<float>& images, int64_t border, int64_t channe
     clear(y, 0, border);
     clear(y, width + border, border);
   }
-}
-
-Tensor with_border(const Positions<const float>& images, int64_t border, int64_t batch,
-                   int64_t channels, int64_t height, int64_t width) {
-  const Tensor bordered = empty_images(batch, channels, height + 2 * border, width + 2 * border);
-  const Positions<float> to = positions_to(bordered);
-  for_rows(batch, height, width * channels, [&](int64_t n, int64_t first, int64_t last) {
-    clear_border(to, border, channels, height, width, n, first, last);
-    for (int64_t y = first; y < last; ++y) {
-      if (images.column == channels) {
-        std::copy_n(images.at(n, y, 0), width * channels, to.at(n, y + border, border));
-      } else {
-        for (int64_t x = 0; x < width; ++x)
-          std::copy_n(images.at(n, y, x), channels, to.at(n, y + border, x + border));
-      }
-    }
-  });
-  return bordered;
 }
 
 const float* direct_packed(const char* name, const Tensor& packed, int64_t kernel,

@@ -34,10 +34,6 @@ void direct_convolve(const DirectConvolution& convolution, int64_t batch, int64_
 void clear_border(const Positions<float>& images, int64_t border, int64_t channels, int64_t height,
                   int64_t width, int64_t n, int64_t first, int64_t last);
 
-// A channels-last copy (N, C, H + 2 border, W + 2 border) with zeros around it.
-torch::stable::Tensor with_border(const Positions<const float>& images, int64_t border,
-                                  int64_t batch, int64_t channels, int64_t height, int64_t width);
-
 // Position (border, border) of images on, and of these the channels from `first_channel` on.
 template <typename T>
 Positions<T> part(const Positions<T>& all, int64_t border, int64_t first_channel) {

@@ -7,7 +7,8 @@
 // from some 16 input channels on: 24 multiply-adds for 14 loads.
 //
 // Memory: images are read once from memory (3x3: rows twice more from a cache) and results written
-// once; a group of positions reads all weights, from the L1 or L2 cache.
+// once; a group of positions reads all weights, from the L1 or L2 cache. A group that meets the
+// zeros around an image reads a copy of its window, a few kilobytes, that holds them.
 //
 // Every result is one chain of fused multiply-adds: the same bits wherever it lies in a group.
 #pragma once
@@ -21,10 +22,12 @@ namespace lpips_fast {
 struct DirectConvolution {
   int64_t width;  // positions of a row of results
   int64_t kernel, stride, in_channels, out_channels;
-  Positions<const float> images;  // with their border: (0, 0) meets the first weight
+  Positions<const float> images;
   const float* packed;
   ConvolutionEpilogue<float> epilogue;
   Positions<float> results;
+  // Zeros around the images, whose size is asked for only where there are any.
+  int64_t padding = 0, in_height = 0, in_width = 0;
 };
 
 // (C_out, C_in, k, k) as the kernel reads it: k * k * C_in * direct_packed_channels(C_out) numbers,

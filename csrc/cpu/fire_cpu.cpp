@@ -6,7 +6,6 @@
 // Memory: reads the images once, writes the result once; the squeezed images between them, a
 // quarter or less in size, are written with the border of zeros that the 3x3 sums over.
 #include <algorithm>
-#include <optional>
 #include <tuple>
 
 #include "../convolution.h"
@@ -66,18 +65,18 @@ void convolve3x3(const Convolution3x3& c, const float* weights, bool winograd) {
                              c.batch);
     return;
   }
-  std::optional<Tensor> bordered;
-  if (c.border < kBorder)
-    bordered = with_border(c.images, kBorder, c.batch, c.in_channels, c.height, c.width);
   direct_convolve({.width = c.width,
                    .kernel = 3,
                    .stride = 1,
                    .in_channels = c.in_channels,
                    .out_channels = c.out_channels,
-                   .images = bordered ? positions_of(*bordered) : c.images,
+                   .images = c.images,
                    .packed = weights,
                    .epilogue = c.epilogue,
-                   .results = c.results},
+                   .results = c.results,
+                   .padding = kBorder - c.border,
+                   .in_height = c.height + 2 * c.border,
+                   .in_width = c.width + 2 * c.border},
                   c.batch, c.height);
 }
 

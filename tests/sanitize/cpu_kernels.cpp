@@ -186,9 +186,11 @@ void compare(const Image<T>& results, const Image<T>& image, const Exact<float>&
 void direct() {
   const int64_t kernel = integer(1, 4), stride = integer(1, 3);
   const int64_t channels = integer(1, 20), out_channels = integer(1, 70);
-  const int64_t height = integer(1, 4), width = integer(1, 30);
-  Image<float> image((height - 1) * stride + kernel, (width - 1) * stride + kernel, channels,
-                     integer(0, 1) * integer(1, 3));
+  const int64_t height = integer(1, 4), width = integer(1, 30), padding = integer(0, kernel - 1);
+  const auto size_of = [&](int64_t results) {
+    return std::max<int64_t>(1, (results - 1) * stride + kernel - 2 * padding);
+  };
+  Image<float> image(size_of(height), size_of(width), channels, integer(0, 1) * integer(1, 3));
   Image<float> results(height, width, out_channels, integer(0, 2));
   Exact<float> weight(out_channels * channels * kernel * kernel);
   Exact<float> packed(kernel * kernel * channels * direct_packed_channels(out_channels));
@@ -203,11 +205,14 @@ void direct() {
                                       .images = image.read(),
                                       .packed = packed.data(),
                                       .epilogue = epilogue.asked(),
-                                      .results = results.positions()};
+                                      .results = results.positions(),
+                                      .padding = padding,
+                                      .in_height = image.height,
+                                      .in_width = image.width};
   const int64_t middle = integer(0, height);
   direct_convolve_rows(convolution, 0, 0, middle);
   direct_convolve_rows(convolution, 0, middle, height);
-  compare(results, image, weight, kernel, stride, 0, epilogue, 1e-3, "direct convolution");
+  compare(results, image, weight, kernel, stride, padding, epilogue, 1e-3, "direct convolution");
 }
 
 template <typename T>
