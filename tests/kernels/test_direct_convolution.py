@@ -14,6 +14,8 @@ from lpips_fast.trunk.packing import packed_weight
 OPS = torch.ops.lpips_fast
 # Kernel, stride, padding: the trunks' first layers, 1x1, and what else there may be.
 GEOMETRIES = [(3, 1, 1), (3, 2, 0), (1, 1, 0), (1, 2, 0), (5, 2, 3), (4, 3, 2), (2, 1, 0)]
+# Borders wider than the kernel, and strides that step over more than it.
+GEOMETRIES += [(3, 1, 4), (2, 3, 1)]
 # Channels in and out: images', and below, at and beyond a vector and a panel.
 CHANNELS = [(3, 64), (1, 1), (20, 17), (33, 48), (64, 97)]
 SIZES = [(5, 5), (9, 26), (24, 7)]
