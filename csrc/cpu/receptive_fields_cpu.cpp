@@ -168,17 +168,12 @@ Keys convolved(const Tensor& x, const Convolution& layer) {
   const int64_t channels = x.size(1), height = x.size(2), width = x.size(3);
   const auto images = positions_of<scalar_t>(x);
   const Keys rows(x.size(0), height, layer.size(width));
-  const int64_t per_row = channels * width + layer.kernel * rows.width;
-  parallel_for(0, rows.batch * height,
-               std::max<int64_t>(1, kPositionsPerTask / std::max<int64_t>(1, per_row)),
-               [&](int64_t first, int64_t last) {
-                 std::vector<uint64_t> pixels(width);
-                 for (int64_t row = first; row < last; ++row) {
-                   keys_of_pixels(images.at(row / height, row % height, 0), images.column, channels,
-                                  width, pixels.data());
-                   layer.along_row(pixels.data(), width, rows.row(row), rows.width);
-                 }
-               });
+  for_all_rows(rows, channels * layer.stride + layer.kernel, [&](int64_t row) {
+    std::vector<uint64_t> pixels(width);
+    keys_of_pixels(images.at(row / height, row % height, 0), images.column, channels, width,
+                   pixels.data());
+    layer.along_row(pixels.data(), width, rows.row(row), rows.width);
+  });
   return layer.along_columns(rows, layer.size(height));
 }
 

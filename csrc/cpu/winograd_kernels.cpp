@@ -117,7 +117,7 @@ template <bool adds, int... r>
 void multiply_rows(std::integer_sequence<int, r...>, const float* rows, const float* panel,
                    float* product, int64_t depth, int64_t row_stride, int64_t product_stride) {
   std::array<Vec, sizeof...(r)> left{((void)r, Vec(0.f))...}, right = left;
-  // A run is short: as a loop of single steps, its end, mispredicted, is 5% of an AlexNet's time.
+  // A run is short: as a loop of single steps, its end, mispredicted, counts.
 #pragma GCC unroll 8
   for (int64_t k = 0; k < depth; ++k) {
     const Vec b0 = Vec::loadu(panel + k * 2 * kLanes);

@@ -319,15 +319,7 @@ def compare(
     """
     model = call.model
     layers = model.layers[first : first + len(taps0)]
-    normalization: Normalization
-    if model.normalization == LEARNED:
-        norms = [model.norms[k] for k in layers]
-        taps0, taps1 = (
-            [run(model, norm, tap) for norm, tap in zip(norms, taps)] for taps in (taps0, taps1)
-        )
-        normalization = "none"  # any more
-    else:
-        normalization = model.normalization
+    taps0, taps1, normalization = after_learned_norms(model, layers, taps0, taps1)
     eps = composed.EPS
     of_positions = None
     if call.mask is not None:
@@ -361,6 +353,19 @@ def compare(
             taps0, taps1, weights, normalization=normalization, position_weights=of_positions
         )
     return list(distances.view(-1, len(pairs), 1, 1, 1).unbind(dim=1))
+
+
+def after_learned_norms(
+    model: LPIPS, layers: Sequence[int], taps0: Sequence[Tensor], taps1: Sequence[Tensor]
+) -> tuple[Sequence[Tensor], Sequence[Tensor], Normalization]:
+    """Taps as the formula of the distance takes them, and by which of these it normalises."""
+    if model.normalization != LEARNED:
+        return taps0, taps1, model.normalization
+    norms = [model.norms[k] for k in layers]
+    taps0, taps1 = (
+        [run(model, norm, tap) for norm, tap in zip(norms, taps)] for taps in (taps0, taps1)
+    )
+    return taps0, taps1, "none"  # any more
 
 
 def _of_maps(
