@@ -2,7 +2,7 @@
 //
 //   direct_pack(weight) -> packed            winograd_pack(weight) -> packed
 //   direct_conv2d(x, packed, bias?, relu, out_channels, kernel, stride, padding) -> y
-//   winograd_conv2d(..., mask?, ..., add?) -> y
+//   winograd_conv2d(..., mask?, ..., add?, precise) -> y
 //
 // x is (N, C, H, W), y (N, out_channels, H', W') and channels-last. Packed weights carry the shape
 // of what they were packed for: they fit one kernel size, one number of channels in and one

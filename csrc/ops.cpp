@@ -52,5 +52,5 @@ STABLE_TORCH_LIBRARY(lpips_fast, m) {
   m.def(
       "winograd_conv2d(Tensor x, Tensor packed, Tensor? bias, bool relu, Tensor? mask, "
       "int out_channels, int kernel, int stride, int padding, Tensor? add=None, "
-      "bool outliers=False) -> Tensor");
+      "bool precise=False) -> Tensor");
 }

@@ -55,6 +55,13 @@ def export_extras(item: pytest.Item) -> set[str]:
     return {mark.args[0] for mark in item.iter_markers("export_runtime")}
 
 
+@pytest.fixture
+def usual_allocator() -> None:
+    """Skips under AddressSanitizer, which surrounds what it gives and keeps what is freed."""
+    if "libasan" in os.environ.get("LD_PRELOAD", ""):
+        pytest.skip("of what memory a process takes, and AddressSanitizer takes its own")
+
+
 @pytest.fixture(autouse=True)
 def export_runtimes_are_marked(request: pytest.FixtureRequest) -> Iterator[None]:
     """Holds the marker to what it says: no other test imports such a runtime."""

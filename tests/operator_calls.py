@@ -366,8 +366,8 @@ def of_winograd_conv2d(draw: Draw) -> Call:
     bias = draw.numbers(out_channels) if draw.integer(0, 1) else None
     mask, add = (draw.images(*shape, dtype=dtype) if draw.integer(0, 1) else None for _ in range(2))
 
-    def formula(x, packed, bias, relu, mask, out_channels, kernel, stride, padding, add, outliers):
-        if not outliers and not (x.abs() <= 1000).all():
+    def formula(x, packed, bias, relu, mask, out_channels, kernel, stride, padding, add, precise):
+        if not precise and not (x.abs() <= 1000).all():
             return None  # a tile's results have the rounding, or the NaN, of all its numbers
         bias = None if bias is None else bias.double()
         y = F.conv2d(x.double(), with_channels(weight, out_channels), bias, stride, padding)
@@ -378,10 +378,10 @@ def of_winograd_conv2d(draw: Draw) -> Call:
     packed = OPS.winograd_pack(in_blocks(weight, stride))
     relu = draw.one_of([False, True])
     geometry = [out_channels, kernel, stride, padding]
-    outliers = draw.one_of([False, True])
-    if outliers and x.numel() > 0:
+    precise = draw.one_of([False, True])
+    if precise and x.numel() > 0:
         x[:, 0, 0, 0] = draw.one_of([5000.0, torch.nan])
-    return [x, packed, bias, relu, mask, *geometry, add, outliers], formula
+    return [x, packed, bias, relu, mask, *geometry, add, precise], formula
 
 
 def of_fire(draw: Draw) -> Call:

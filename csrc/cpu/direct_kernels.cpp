@@ -28,14 +28,26 @@ struct Window {
   int64_t row, column, position;
 };
 
+// A vector of channels of a group's results. Inline by force: called, it would take the sums from
+// memory, and so would the loop that adds to them, for twice the time.
+template <size_t positions, int... r>
+C10_ALWAYS_INLINE void write_group(std::integer_sequence<int, r...>,
+                                   const DirectConvolution& convolution,
+                                   const std::array<Vec, positions>& sums, int64_t n, int64_t y,
+                                   int64_t x, int64_t c) {
+  const int64_t count = std::min(kLanes, convolution.out_channels - c);
+  const RowEpilogue<float> epilogue(convolution.epilogue, convolution.results, n, y, x, c, count);
+  (epilogue.finish(sums[r], r), ...);
+}
+
 // Results of a group of positions: `r...` is 0, 1, ..., positions - 1.
 //
 // The next group's inputs and this one's results are fetched ahead. The hardware does not foresee
 // them: it sees as many streams as there are positions.
 template <int vectors, int... r>
-void convolve_group(std::integer_sequence<int, r...>, const DirectConvolution& convolution,
-                    const Window& window, int64_t n, int64_t y, int64_t x, int64_t c,
-                    const float* packed) {
+C10_NOINLINE void convolve_group(std::integer_sequence<int, r...> indices,
+                                 const DirectConvolution& convolution, const Window& window,
+                                 int64_t n, int64_t y, int64_t x, int64_t c, const float* packed) {
   constexpr int64_t positions = sizeof...(r);
   std::array<Vec, positions> left{((void)r, Vec(0.f))...}, right = left;
   float* to = convolution.results.at(n, y, x) + c;
@@ -66,14 +78,8 @@ void convolve_group(std::integer_sequence<int, r...>, const DirectConvolution& c
       }
     }
   }
-  const auto write = [&](const std::array<Vec, positions>& sums, int64_t first) {
-    const int64_t count = std::min(kLanes, convolution.out_channels - first);
-    const RowEpilogue<float> epilogue(convolution.epilogue, convolution.results, n, y, x, first,
-                                      count);
-    (epilogue.finish(sums[r], r), ...);
-  };
-  write(left, c);
-  if constexpr (vectors == 2) write(right, c + kLanes);
+  write_group(indices, convolution, left, n, y, x, c);
+  if constexpr (vectors == 2) write_group(indices, convolution, right, n, y, x, c + kLanes);
 }
 
 template <int vectors, int... counts>

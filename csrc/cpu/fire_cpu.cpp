@@ -41,7 +41,7 @@ struct Convolution3x3 {
   int64_t border, batch, height, width, in_channels, out_channels;
   ConvolutionEpilogue<float> epilogue;
   Positions<float> results;
-  bool outliers = false;  // as WinogradConvolution has it
+  bool precise = false;  // as WinogradConvolution has it
 };
 
 // By Winograd's algorithm or directly.
@@ -61,7 +61,7 @@ void convolve3x3(const Convolution3x3& c, const float* weights, bool winograd) {
                               .weights = weights,
                               .epilogue = c.epilogue,
                               .results = c.results,
-                              .outliers = c.outliers},
+                              .precise = c.precise},
                              c.batch);
     return;
   }
@@ -143,7 +143,7 @@ std::tuple<Tensor, Tensor> fire(Tensor x, Tensor squeeze, Tensor squeeze_bias, T
                .out_channels = wide,
                .epilogue = {.bias = pointer_to(expand3x3_bias), .relu = true},
                .results = part(results, 0, wide),
-               .outliers = true},
+               .precise = true},
               weights3x3, winograd);
   return {squeezed, y};
 }

@@ -41,11 +41,13 @@ void store(const Vec& value, scalar_t* to, int64_t count) {
 }
 
 // The epilogue of `count` channels from channel c on, at positions (n, y, x), (n, y, x + 1), ...
+// Inline by force: a call for each vector of results takes a quarter of a 1x1 convolution's time.
 template <typename scalar_t>
 class RowEpilogue {
  public:
-  RowEpilogue(const ConvolutionEpilogue<scalar_t>& epilogue, const Positions<scalar_t>& results,
-              int64_t n, int64_t y, int64_t x, int64_t c, int64_t count)
+  C10_ALWAYS_INLINE RowEpilogue(const ConvolutionEpilogue<scalar_t>& epilogue,
+                                const Positions<scalar_t>& results, int64_t n, int64_t y, int64_t x,
+                                int64_t c, int64_t count)
       : bias_(epilogue.bias ? load(epilogue.bias + c, count) : Vec(0.f)),
         to_(results.at(n, y, x) + c),
         add_(epilogue.add ? epilogue.add.at(n, y, x) + c : nullptr),
@@ -57,7 +59,7 @@ class RowEpilogue {
         relu_(epilogue.relu) {}
 
   // Writes a sum as the result of the position r columns further on.
-  void finish(Vec value, int64_t r) const {
+  C10_ALWAYS_INLINE void finish(Vec value, int64_t r) const {
     const Vec zero(0.f);
     value = value + bias_;
     if (add_) value = value + load(add_ + r * add_column_, count_);

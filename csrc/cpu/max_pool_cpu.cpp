@@ -11,7 +11,7 @@ namespace lpips_fast {
 namespace {
 
 constexpr int64_t kElementsPerTask = 16 * 1024;
-constexpr int64_t kChannelsPerTask = 64;  // whole cache lines, so that threads do not share one
+constexpr int64_t kTasks = 16, kRowsPerTask = 16;  // of a gradient: few images are cut into rows
 
 Tensor max_pool2d(Tensor x, int64_t kernel, int64_t stride, bool ceil_mode) {
   check_pool(Backend::kCPU, x, kernel, stride);
@@ -59,26 +59,24 @@ Tensor max_pool2d_backward(Tensor grad, Tensor x, Tensor y, int64_t kernel, int6
   x = channels_last(x);
   y = channels_last(y);
   const PoolShape shape = shape_of_pool(x, y, kernel, stride);
-  const int64_t positions = shape.height * shape.width;
-  const int64_t groups = keys ? keys->size(1) : 1, per_group = shape.channels / groups;
+  const int64_t in = shape.channels * shape.height * shape.width;
+  const int64_t out = shape.channels * shape.out_height * shape.out_width;
+  const int64_t groups = keys ? keys->size(1) : 1;
   const auto* all_keys = keys ? static_cast<const int64_t*>(keys->const_data_ptr()) : nullptr;
-  const int64_t tasks_per_group = (per_group + kChannelsPerTask - 1) / kChannelsPerTask;
+  const int64_t cuts = (kTasks + x.size(0) - 1) / x.size(0);
+  const int64_t rows = std::max(kRowsPerTask, (shape.height + cuts - 1) / cuts);
+  const int64_t tasks = (shape.height + rows - 1) / rows;
   dispatch_feature_dtype(x.scalar_type(), [&](auto feature) {
     using feature_t = decltype(feature);
-    // Windows overlap, so threads share out images and channels, never positions.
-    parallel_for(0, x.size(0) * groups * tasks_per_group, 1, [&](int64_t first, int64_t last) {
+    parallel_for(0, x.size(0) * tasks, 1, [&](int64_t first, int64_t last) {
       for (int64_t task = first; task < last; ++task) {
-        const int64_t image_and_group = task / tasks_per_group, image = image_and_group / groups;
-        const int64_t end = (image_and_group % groups + 1) * per_group;
-        const int64_t begin = end - per_group + task % tasks_per_group * kChannelsPerTask;
-        const int64_t in = image * shape.channels * positions;
-        const int64_t out = image * shape.channels * shape.out_height * shape.out_width;
-        max_pool_backward(static_cast<const feature_t*>(grad.const_data_ptr()) + out,
-                          static_cast<const feature_t*>(x.const_data_ptr()) + in,
-                          static_cast<const feature_t*>(y.const_data_ptr()) + out,
-                          keys ? all_keys + image_and_group * positions : nullptr,
-                          static_cast<feature_t*>(grad_x.mutable_data_ptr()) + in, shape, begin,
-                          std::min(begin + kChannelsPerTask, end));
+        const int64_t image = task / tasks, top = task % tasks * rows;
+        max_pool_backward(static_cast<const feature_t*>(grad.const_data_ptr()) + image * out,
+                          static_cast<const feature_t*>(x.const_data_ptr()) + image * in,
+                          static_cast<const feature_t*>(y.const_data_ptr()) + image * out,
+                          keys ? all_keys + image * groups * shape.height * shape.width : nullptr,
+                          groups, static_cast<feature_t*>(grad_x.mutable_data_ptr()) + image * in,
+                          shape, top, std::min(top + rows, shape.height));
       }
     });
   });

@@ -99,7 +99,7 @@ struct Phases {
 
   Phases(const WinogradConvolution<scalar_t>& convolution, int64_t batch)
       : convolution(convolution), columns(in_whole_panels(convolution.image.out_channels)) {
-    if (convolution.outliers) find_outliers(batch);
+    if (convolution.precise) find_outliers(batch);
   }
 
   const WinogradImage& image() const { return convolution.image; }
@@ -154,12 +154,13 @@ struct Phases {
 
   void multiply(const Block& block, int64_t first, int64_t last) const {
     const int64_t depth = image().depth(), width = winograd_panel_width();
+    const int64_t run = winograd_run(image().kernel, convolution.precise);
     for (int64_t k = first; k < last; ++k) {
       const int64_t element = k / panels(), panel = k % panels();
       winograd_multiply_panel(block.inputs + element * block.count * depth,
                               convolution.weights + k * depth * width,
                               block.products + element * block.count * columns + panel * width,
-                              block.count, depth, image().kernel, columns);
+                              block.count, depth, run, columns);
     }
   }
 
@@ -223,7 +224,7 @@ Positions<const scalar_t> positions_of_optional(std::optional<Tensor>& t) {
 
 Tensor winograd_conv2d(Tensor x, Tensor packed, std::optional<Tensor> bias, bool relu,
                        std::optional<Tensor> mask, int64_t out_channels, int64_t kernel,
-                       int64_t stride, int64_t padding, std::optional<Tensor> add, bool outliers) {
+                       int64_t stride, int64_t padding, std::optional<Tensor> add, bool precise) {
   Operands(Backend::kCPU)
       .check("x", x)
       .check("packed", packed)
@@ -269,7 +270,7 @@ Tensor winograd_conv2d(Tensor x, Tensor packed, std::optional<Tensor> bias, bool
                                               .relu = relu,
                                               .mask = positions_of_optional<scalar_t>(mask)},
                                  .results = positions_to<scalar_t>(y),
-                                 .outliers = outliers},
+                                 .precise = precise},
                                 x.size(0));
   };
   switch (x.scalar_type()) {

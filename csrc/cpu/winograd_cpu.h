@@ -13,7 +13,9 @@ struct WinogradConvolution {
   const float* weights;  // as the operator winograd_pack leaves them
   ConvolutionEpilogue<scalar_t> epilogue;
   Positions<scalar_t> results;
-  bool outliers;  // whether to look for any
+  // As features ask for it, a gradient does not: outliers apart, the sum along channels in short
+  // runs.
+  bool precise;
 };
 
 // As winograd_pack leaves a weight: refuses any but what convolves these channels.

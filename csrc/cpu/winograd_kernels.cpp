@@ -21,10 +21,6 @@ constexpr int kRows = 12;
 constexpr int kRows = 6;
 #endif
 
-// A sum along channels is one of runs of so many, each a chain of its own: rounding grows with the
-// length of a chain, and the chains' is by far the largest part of the error.
-constexpr int64_t winograd_run(int64_t kernel) { return kernel == 3 ? 32 : 16; }
-
 // The points beside 0 and infinity are +-p for each p of a tile of n inputs, (n - 2) / 2 of them.
 // Their powers are exact.
 template <int64_t tile_in>
@@ -336,14 +332,13 @@ void winograd_add_outliers(const Positions<const scalar_t>& images, int64_t n,
 }
 
 void winograd_multiply_panel(const float* rows, const float* panel, float* product, int64_t count,
-                             int64_t depth, int64_t kernel, int64_t product_stride) {
-  const int64_t length = winograd_run(kernel);
+                             int64_t depth, int64_t run, int64_t product_stride) {
   int64_t r = 0;
   for (; r + kRows <= count; r += kRows)
-    multiply_group<kRows>(rows + r * depth, panel, product + r * product_stride, depth, length,
+    multiply_group<kRows>(rows + r * depth, panel, product + r * product_stride, depth, run,
                           product_stride);
   multiply_rest(std::make_integer_sequence<int, kRows - 1>(), count - r, rows + r * depth, panel,
-                product + r * product_stride, depth, length, product_stride);
+                product + r * product_stride, depth, run, product_stride);
 }
 
 template <typename scalar_t>

@@ -14,7 +14,8 @@
 // Nearly all of the rounding is that of the sum over channels, so it runs in short chains: 32
 // channels for 3x3 weights, 16 for 5x5. On the trunks' own features the error is then 1e-7 to 2e-7
 // of the result's norm for 3x3 weights and 5e-7 for 5x5; that of a direct sum in one chain is 3e-7
-// to 5e-7 and 6e-7. Longer runs round two to three times as much.
+// to 5e-7 and 6e-7. Longer runs round two to three times as much, which a gradient can bear: its
+// are four times as long, for less time.
 //
 // Images may be float32, bfloat16 or float16: these are widened as they are read and rounded as
 // they are written, and everything between is float32, weights too.
@@ -102,10 +103,16 @@ void winograd_add_outliers(const Positions<const scalar_t>& images, int64_t n,
                            const WinogradImage& shape, int64_t tile, const float* weights,
                            int64_t columns, float* sums);
 
-// product[r * product_stride + j] = sum_k rows[r * depth + k] * panel[k * width + j], j < width.
-// `kernel`, 3 or 5, decides how the sum is cut into runs.
+// A sum along channels of so many at most is one chain: rounding grows with the length of a chain,
+// and the chains' is by far the largest part of the error.
+constexpr int64_t winograd_run(int64_t kernel, bool precise) {
+  return (kernel == 3 ? 32 : 16) * (precise ? 1 : 4);
+}
+
+// product[r * product_stride + j] = sum_k rows[r * depth + k] * panel[k * width + j], j < width, as
+// the sum of chains of at most `run`.
 void winograd_multiply_panel(const float* rows, const float* panel, float* product, int64_t count,
-                             int64_t depth, int64_t kernel, int64_t product_stride);
+                             int64_t depth, int64_t run, int64_t product_stride);
 
 // A^T m A of one tile: m[e * stride + c] into the results of image n. `outliers`: what
 // winograd_add_outliers made of the tile, or null; as many columns.

@@ -85,7 +85,7 @@ def _(
     stride: int,
     padding: int,
     add: Tensor | None = None,
-    outliers: bool = False,
+    precise: bool = False,
 ) -> Tensor:
     return empty_channels_last(x, x.shape[0], out_channels, *_convolved(x, kernel, stride, padding))
 
@@ -130,6 +130,6 @@ def _(
     stride: int,
     padding: int,
     add: torch.Size | None = None,
-    outliers: bool = False,
+    precise: bool = False,
 ) -> int:
     return _convolution_flops(x, out_channels, kernel, stride, padding)

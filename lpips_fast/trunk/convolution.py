@@ -134,7 +134,7 @@ def convolve(conv: Convolution, x: Tensor, keep_nan: bool = False) -> Tensor:
     if uses_winograd(conv, conv.in_channels * stride**2, grid, x.dtype):
         packed, bias = packed_kernel(conv, winograd=True), _as(conv.bias, torch.float32)
         return torch.ops.lpips_fast.winograd_conv2d(
-            x, packed, bias, True, None, conv.out_channels, kernel, stride, padding, outliers=True
+            x, packed, bias, True, None, conv.out_channels, kernel, stride, padding, precise=True
         )
     bias = _as(conv.bias, x.dtype)
     if _is_direct(conv, x.dtype):

@@ -16,6 +16,7 @@ needs_linux = pytest.mark.skipif(not can_measure(CPU), reason="memory is not tol
 
 
 @needs_linux
+@pytest.mark.usefixtures("usual_allocator")
 def test_the_peak_counts_and_not_the_end(run_python: Any) -> None:
     report = run_python(
         """

@@ -812,6 +812,7 @@ def peak_memory(a: Path, b: Path, output: Path) -> int:
     return peak // (1024 * 1024 if sys.platform == "darwin" else 1024)
 
 
+@pytest.mark.usefixtures("usual_allocator")
 def test_10000_images_take_no_more_memory_than_few(tmp_path: Path) -> None:
     few, many = tmp_path / "few", tmp_path / "many"
     originals = [f"{i}.png" for i in range(4)]

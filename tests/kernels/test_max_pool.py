@@ -115,6 +115,36 @@ class TestKeys:
         found = operator(grad, x, y, window[0], window[1], one)
         torch.testing.assert_close(found, self.expected(grad, x, one, window))
 
+    @pytest.mark.usefixtures("poisoned")
+    @pytest.mark.parametrize(
+        "window", [*WINDOWS, (5, 3, False), (7, 2, True), (2, 5, False)], ids=str
+    )
+    @pytest.mark.parametrize("dtype", DTYPES, ids=str)
+    def test_an_image_cut_into_rows_has_the_bits_of_a_whole_one(self, window, dtype):
+        """One image is shared out by rows, of sixteen each has a thread of its own."""
+        kernel, stride, ceil_mode = window
+        x = (3 * torch.randn(1, 22, 70, 9)).round().to(dtype)
+        x = x.contiguous(memory_format=torch.channels_last)
+        keys = torch.randint(0, 20, (1, 2, 70, 9))
+        y = max_pool(x, window)
+        grad = torch.randn_like(y)
+        operator = torch.ops.lpips_fast.max_pool2d_backward
+        for of_one in (None, keys):
+            of_many = None if of_one is None else of_one.repeat(16, 1, 1, 1)
+            many = [
+                t.repeat(16, 1, 1, 1).contiguous(memory_format=torch.channels_last)
+                for t in (grad, x, y)
+            ]
+            found = operator(grad, x, y, kernel, stride, of_one)
+            whole = operator(*many, kernel, stride, of_many)
+            assert torch.equal(whole, found.expand_as(whole))
+        x.requires_grad_()
+        expected = F.max_pool2d(x.double(), kernel, stride, ceil_mode=ceil_mode)
+        (expected,) = torch.autograd.grad(expected, x, grad.double())
+        found = operator(grad, x.detach(), y, kernel, stride)
+        tolerance = {2: 5e-2, 4: 1e-5, 8: 1e-12}[dtype.itemsize]
+        torch.testing.assert_close(found, expected, rtol=tolerance, atol=tolerance)
+
     def test_derivative(self):
         for window in WINDOWS:
             x, y, keys = self.case(window, torch.float64)

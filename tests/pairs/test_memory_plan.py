@@ -108,6 +108,7 @@ def test_a_limit_that_is_too_small(model: LPIPS) -> None:
 
 
 @pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="needs /proc")
+@pytest.mark.usefixtures("usual_allocator")
 @pytest.mark.parametrize(("net", "count", "mebibytes"), [("alex", 60, 30), ("vgg", 6, 65)])
 def test_memory_of_a_run(run_python: Any, net: str, count: int, mebibytes: int) -> None:
     """A whole run in its own process, near pairs included, takes no more than was planned."""

@@ -102,12 +102,16 @@ void max_pool() {
         largest = std::max(largest, static_cast<double>(x[(h * s.width + w) * s.channels + c]));
     expect_close(static_cast<double>(y[i]), largest, 0, "max_pool");
   }
-  Exact<int64_t> keys(s.height * s.width);
+  const int64_t groups = s.channels % 2 == 0 ? integer(1, 2) : 1;
+  Exact<int64_t> keys(groups * s.height * s.width);
   for (int64_t p = 0; p < keys.size(); ++p) keys[p] = integer(0, 3);
   const int64_t* asked = integer(0, 1) ? keys.data() : nullptr;
-  const int64_t middle = integer(0, s.channels);
-  for (const auto& [begin, end] : {std::pair(int64_t{0}, middle), std::pair(middle, s.channels)})
-    max_pool_backward(grad.data(), x.data(), y.data(), asked, grad_x.data(), s, begin, end);
+  const int64_t middle = integer(1, s.height);
+  for (const auto& [top, bottom] : {std::pair(int64_t{0}, middle), std::pair(middle, s.height)}) {
+    if (top == bottom) continue;
+    max_pool_backward(grad.data(), x.data(), y.data(), asked, groups, grad_x.data(), s, top,
+                      bottom);
+  }
   double given = 0, taken = 0;
   for (int64_t i = 0; i < pooled; ++i) given += static_cast<double>(grad[i]);
   for (int64_t i = 0; i < x.size(); ++i) taken += static_cast<double>(grad_x[i]);
@@ -278,7 +282,7 @@ void winograd() {
     winograd_multiply_panel(inputs.data() + k / panels * tiles * depth,
                             packed.data() + k * depth * width,
                             products.data() + k / panels * tiles * columns + k % panels * width,
-                            tiles, depth, blocks, columns);
+                            tiles, depth, winograd_run(blocks, integer(0, 1)), columns);
   for (int64_t t = 0; t < tiles; ++t) {
     Exact<float> sums(kTileOut * kTileOut * columns);
     std::fill_n(sums.data(), sums.size(), 0.f);

@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import copy
 import gc
-import os
 import pickle
 import threading
 import warnings
@@ -349,10 +348,9 @@ def test_the_same_memory_as_another_shape():
     assert is_packable(conv.weight) and is_right(conv, x)
 
 
+@pytest.mark.usefixtures("usual_allocator")
 def test_freed_memory_never_answers():
     """A new weight where an old one lay, of the same shape and version."""
-    if "libasan" in os.environ.get("LD_PRELOAD", ""):
-        pytest.skip("the sanitizer keeps freed memory from being taken again")
     x = images_of(convolution())
     addresses = set()
     for seed in range(20):
