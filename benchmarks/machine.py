@@ -21,10 +21,10 @@ PACKAGES = ("lpips", "torchmetrics", "piq", "torchvision")
 
 
 def name(device: torch.device) -> str:
-    """The processor that does the work."""
+    """The processor that does the work; a CPU's instruction set too, by which kernels differ."""
     if device.type == "cuda":
         return torch.cuda.get_device_name(device)
-    return f"{cpu_name()}, {_threads()}"
+    return f"{cpu_name()}, {torch.backends.cpu.get_cpu_capability()}, {_threads()}"
 
 
 def slug(device: torch.device) -> str:

@@ -1,8 +1,8 @@
 """How far from exact arithmetic: ties, photographs, tiny differences, half precision, outliers.
 
 ``python benchmarks/numerics.py`` writes the tables of docs/numerics.md, of the real trunks, beside
-the unmodified ``lpips`` 0.1.4 with the same weights. ``--only ties`` and the like measure one
-table and print it.
+the unmodified ``lpips`` 0.1.4 with the same weights. ``--only ties`` and the like measure and write
+one of them.
 """
 
 from __future__ import annotations

@@ -101,7 +101,8 @@ def preamble(machine: dict[str, Any]) -> str:
         told = f"`{again['command']}`"
         rows.append(("Disturbed cases measured again", f"{told}, load before {again['load']:.1f}"))
     for dtype, flops in machine["peak_flops"].items():
-        rows.append((f"Large matrix product, {dtype}", f"{flops / 1e9:,.0f} GFLOP/s"))
+        giga = f"{flops / 1e9:,.0f}" if flops >= 1e9 else f"{flops / 1e9:.1g}"
+        rows.append((f"Large matrix product, {dtype}", f"{giga} GFLOP/s"))
     return "\n".join(f"- {key}: {value}" for key, value in rows)
 
 

@@ -35,8 +35,8 @@ from generated_text import read_part, write_part  # noqa: E402
 
 RESULTS = REPOSITORY / "benchmarks" / "results"
 DOCS = REPOSITORY / "docs"
-#: The machine whose results README and docs show.
-MACHINE = "amd-epyc-2-threads"
+#: The machine whose results README and docs show, and one with wider vectors.
+MACHINE, MACHINE_WITH_AVX512 = "amd-epyc-avx2-2-threads", "amd-epyc-avx512-2-threads"
 
 
 class Part(NamedTuple):
@@ -111,6 +111,10 @@ PERFORMANCE: dict[str, Callable[[Results], str]] = {
 PARTS = (
     Part(REPOSITORY / "README.md", "readme", MACHINE, readme),
     *(Part(DOCS / "performance.md", name, MACHINE, text) for name, text in PERFORMANCE.items()),
+    *(
+        Part(DOCS / "performance.md", f"{name}, AVX512", MACHINE_WITH_AVX512, PERFORMANCE[name])
+        for name in ("machine", "forward", "step")
+    ),
     *(
         Part(DOCS / page, name, name, of_subject(table))
         for page, name, table in (
