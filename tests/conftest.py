@@ -55,10 +55,16 @@ def export_extras(item: pytest.Item) -> set[str]:
     return {mark.args[0] for mark in item.iter_markers("export_runtime")}
 
 
+@pytest.fixture(scope="session")
+def has_address_sanitizer() -> bool:
+    """Whether the tests run under AddressSanitizer, as ``scripts/sanitize.py`` has it."""
+    return "libasan" in os.environ.get("LD_PRELOAD", "")
+
+
 @pytest.fixture
-def usual_allocator() -> None:
+def usual_allocator(has_address_sanitizer: bool) -> None:
     """Skips under AddressSanitizer, which surrounds what it gives and keeps what is freed."""
-    if "libasan" in os.environ.get("LD_PRELOAD", ""):
+    if has_address_sanitizer:
         pytest.skip("of what memory a process takes, and AddressSanitizer takes its own")
 
 

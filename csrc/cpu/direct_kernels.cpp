@@ -28,8 +28,8 @@ struct Window {
   int64_t row, column, position;
 };
 
-// A vector of channels of a group's results. Inline by force: called, it would take the sums from
-// memory, and so would the loop that adds to them, for twice the time.
+// A vector of channels of a group's results. Inline by force, in a function that is not: called, it
+// would take the sums from memory, and so would the loop that adds to them.
 template <size_t positions, int... r>
 C10_ALWAYS_INLINE void write_group(std::integer_sequence<int, r...>,
                                    const DirectConvolution& convolution,

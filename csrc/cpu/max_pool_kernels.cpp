@@ -21,11 +21,11 @@ struct Window {
 
 // A window's positions, row by row, as offsets of their channels in an image: where each lies, and
 // which position takes its gradient, or kNone where that is in no row that is asked for.
-class Positions {
+class WindowPositions {
  public:
   static constexpr int64_t kNone = -1;
 
-  explicit Positions(const PoolShape& shape)  // a kernel may be larger than the image
+  explicit WindowPositions(const PoolShape& shape)  // a kernel may be larger than the image
       : shape_(shape),
         from_(std::min(shape.kernel, shape.height) * std::min(shape.kernel, shape.width)),
         to_(from_.size()),
@@ -69,6 +69,35 @@ class Positions {
   std::vector<int64_t> from_, to_, keys_;
 };
 
+// Gives the gradients of channels [begin, end) of one window, at `grad_y` and `y`, to its
+// positions.
+template <typename feature_t>
+void give_gradients(const feature_t* grad_y, const feature_t* x, const feature_t* y,
+                    const WindowPositions& positions, feature_t* grad_x, int64_t begin,
+                    int64_t end) {
+  using L = Lanes<feature_t>;
+  const auto zero = L::fill(0);
+  for (int64_t c = begin; c < end; c += L::kStep) {
+    const int64_t count = std::min(L::kStep, end - c);
+    const auto largest = L::load(y + c, count);
+    auto left_to_give = L::load(grad_y + c, count);
+    for (int64_t i = 0; i < positions.count(); ++i) {
+      const auto value = L::load(x + positions.from(i) + c, count);
+      auto given = zero;
+      for (int v = 0; v < L::kVecs; ++v) {
+        const auto is_largest = (value[v] == largest[v]) | (value[v] != value[v]);
+        given[v] = L::Vec::blendv(zero[v], left_to_give[v], is_largest);
+        left_to_give[v] = L::Vec::blendv(left_to_give[v], zero[v], is_largest);
+      }
+      if (positions.to(i) == WindowPositions::kNone) continue;
+      feature_t* to = grad_x + positions.to(i) + c;
+      auto sum = L::load(to, count);
+      for (int v = 0; v < L::kVecs; ++v) sum[v] = sum[v] + given[v];
+      L::store(to, sum, count);
+    }
+  }
+}
+
 }  // namespace
 
 template <typename feature_t>
@@ -95,8 +124,6 @@ template <typename feature_t>
 void max_pool_backward(const feature_t* grad_y, const feature_t* x, const feature_t* y,
                        const int64_t* keys, int64_t groups, feature_t* grad_x,
                        const PoolShape& shape, int64_t top, int64_t bottom) {
-  using L = Lanes<feature_t>;
-  const auto zero = L::fill(0);
   const int64_t per_group = shape.channels / groups;
   int64_t cleared = top;
   const auto clear_to = [&](int64_t row) {  // while they are about to be added to, in the cache
@@ -105,7 +132,7 @@ void max_pool_backward(const feature_t* grad_y, const feature_t* x, const featur
     std::fill(grad_x + cleared * row_elements, grad_x + row * row_elements, feature_t(0));
     cleared = row;
   };
-  Positions positions(shape);
+  WindowPositions positions(shape);
   const int64_t first_row = top < shape.kernel ? 0 : (top - shape.kernel) / shape.stride + 1;
   const int64_t end_row = std::min((bottom - 1) / shape.stride + 1, shape.out_height);
   for (int64_t row = first_row; row < end_row; ++row) {
@@ -117,26 +144,8 @@ void max_pool_backward(const feature_t* grad_y, const feature_t* x, const featur
         const int64_t* of_group =
             keys == nullptr ? nullptr : keys + group * shape.height * shape.width;
         positions.look_at(window, of_group, top, bottom);
-        const int64_t end = (group + 1) * per_group;
-        for (int64_t c = group * per_group; c < end; c += L::kStep) {
-          const int64_t count = std::min(L::kStep, end - c);
-          const auto largest = L::load(y + out + c, count);
-          auto left_to_give = L::load(grad_y + out + c, count);
-          for (int64_t i = 0; i < positions.count(); ++i) {
-            const auto value = L::load(x + positions.from(i) + c, count);
-            auto given = zero;
-            for (int v = 0; v < L::kVecs; ++v) {
-              const auto is_largest = (value[v] == largest[v]) | (value[v] != value[v]);
-              given[v] = L::Vec::blendv(zero[v], left_to_give[v], is_largest);
-              left_to_give[v] = L::Vec::blendv(left_to_give[v], zero[v], is_largest);
-            }
-            if (positions.to(i) == Positions::kNone) continue;
-            feature_t* to = grad_x + positions.to(i) + c;
-            auto sum = L::load(to, count);
-            for (int v = 0; v < L::kVecs; ++v) sum[v] = sum[v] + given[v];
-            L::store(to, sum, count);
-          }
-        }
+        give_gradients(grad_y + out, x, y + out, positions, grad_x, group * per_group,
+                       (group + 1) * per_group);
       }
     }
   }

@@ -103,8 +103,7 @@ void winograd_add_outliers(const Positions<const scalar_t>& images, int64_t n,
                            const WinogradImage& shape, int64_t tile, const float* weights,
                            int64_t columns, float* sums);
 
-// A sum along channels of so many at most is one chain: rounding grows with the length of a chain,
-// and the chains' is by far the largest part of the error.
+// How many channels a chain of a sum adds at most: rounding grows with its length.
 constexpr int64_t winograd_run(int64_t kernel, bool precise) {
   return (kernel == 3 ? 32 : 16) * (precise ? 1 : 4);
 }

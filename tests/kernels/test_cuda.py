@@ -15,6 +15,13 @@ from collections.abc import Iterator, Sequence
 import pytest
 import torch
 import torch.nn.functional as F
+from distance_rounding import (
+    assert_within_rounding,
+    distance_bound,
+    gradient_scale,
+    maps,
+    relative_error,
+)
 from parity import image_pair, trunk_weights
 from torch import Tensor
 
@@ -76,38 +83,6 @@ def make_features(
     return *(x.to(dtype).contiguous(memory_format=order) for x in (a, b)), weight
 
 
-def maps(feats0, feats1, weights) -> list[Tensor]:
-    return [composed.distance_map(a, b, w) for a, b, w in zip(feats0, feats1, weights)]
-
-
-def relative_error(actual: Tensor, expected: Tensor) -> float:
-    """Norm of the error over the norm of the reference; NaN if anything is."""
-    error, norm = (actual.double() - expected).norm(), expected.norm()
-    return float(error / norm) if norm > 0 else float(error)
-
-
-def distance_bound(magnitude: Tensor, dtype: torch.dtype) -> Tensor:
-    """What rounding of sums and of unit vectors may add to a distance with weights |w|."""
-    error = DISTANCE_ERROR.get(dtype, 4e-6)
-    return error * magnitude + 4 * error * magnitude.sqrt() + error**2
-
-
-def assert_within_rounding(result: Tensor, formula, feats0, feats1, weights) -> None:
-    """Against float64, by the size of what was added: weights of both signs cancel."""
-    exact = [[t.detach().double() for t in group] for group in (feats0, feats1, weights)]
-    expected, magnitude = formula(*exact), formula(*exact[:2], [w.abs() for w in exact[2]])
-    assert torch.equal(result.isnan(), expected.isnan())
-    excess = (result - expected).abs() - distance_bound(magnitude, feats0[0].dtype)
-    assert bool((excess.nan_to_num(nan=0) <= 0).all())
-
-
-def gradient_scale(grad: Tensor, a: Tensor, b: Tensor, w: Tensor) -> Tensor:
-    """|t| / |a|: the gradient before the part along the vector is taken off, which may be all."""
-    unit_difference = composed.normalize_tensor(a) - composed.normalize_tensor(b)
-    t = 2 * grad * w.view(1, -1, 1, 1) * unit_difference
-    return t / (a.norm(dim=1, keepdim=True) + EPS)
-
-
 def check_gradient(actual: Tensor, expected: Tensor, scale: Tensor, feat: Tensor) -> None:
     dtype = actual.dtype
     limit = 65504 if dtype == torch.float16 else float("inf")
@@ -125,7 +100,7 @@ def check_gradient(actual: Tensor, expected: Tensor, scale: Tensor, feat: Tensor
 def check_all(feats0, feats1, weights, generator: torch.Generator) -> None:
     """Averages, maps, and the gradients of both, through autograd, against float64."""
     dtype = feats0[0].dtype
-    accumulator = composed.accumulator_dtype(dtype)
+    accumulator, error = composed.accumulator_dtype(dtype), DISTANCE_ERROR.get(dtype, 4e-6)
     for spatial in (False, True):
         leaves = [[t.detach().requires_grad_() for t in g] for g in (feats0, feats1, weights)]
         exact = [[t.detach().double().requires_grad_() for t in g] for g in leaves]
@@ -137,7 +112,7 @@ def check_all(feats0, feats1, weights, generator: torch.Generator) -> None:
             results, expected, magnitude = [results], [expected], [magnitude]
         for result, reference, size in zip(results, expected, magnitude):
             assert result.dtype == accumulator
-            assert bool(((result - reference).abs() <= distance_bound(size, dtype)).all())
+            assert bool(((result - reference).abs() <= distance_bound(size, error)).all())
         upstream = [
             torch.randn(r.shape, generator=generator, device=DEVICE, dtype=accumulator)
             for r in results
@@ -387,11 +362,11 @@ def test_empty(generator, order, shape):
     layers = [make_features(s, torch.float32, order, generator) for s in (shape, full)]
     a, b, w = ([t.requires_grad_() for t in group] for group in zip(*layers))
     result = torch.ops.lpips_fast.distance(a, b, w, EPS)
-    assert_within_rounding(result, composed.distance, a, b, w)
+    assert_within_rounding(result, composed.distance, a, b, w, 4e-6)
     grads = torch.autograd.grad(result.sum(), [*a, *b, *w])
     assert [g.shape for g in grads] == [t.shape for t in [*a, *b, *w]]
     for x, *layer in zip(torch.ops.lpips_fast.distance_map(a, b, w, EPS), a, b, w):
-        assert_within_rounding(x, lambda *one: maps(*one)[0], *([t] for t in layer))
+        assert_within_rounding(x, lambda *one: maps(*one)[0], *([t] for t in layer), 4e-6)
 
 
 @pytest.mark.parametrize("order", ORDERS, ids=ORDER_NAMES)

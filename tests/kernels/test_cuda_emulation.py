@@ -27,6 +27,13 @@ from cuda_emulation import (
     fresh_seed,
     strided,
 )
+from distance_rounding import (
+    assert_within_rounding,
+    distance_bound,
+    gradient_scale,
+    maps,
+    relative_error,
+)
 from torch import Tensor
 
 from lpips_fast import composed
@@ -242,40 +249,8 @@ def reference_gradients(formula, grads, feats0, feats1, weights):
     return [torch.autograd.grad(outputs, group, grads, retain_graph=True) for group in leaves]
 
 
-def distance_bound(magnitude: Tensor, dtype: torch.dtype) -> Tensor:
-    """What rounding of sums and of unit vectors may add to a distance with weights |w|."""
-    error = DISTANCE_ERROR.get(dtype, 2e-6)
-    return error * magnitude + 4 * error * magnitude.sqrt() + error**2
-
-
-def assert_within_rounding(result: Tensor, formula, feats0, feats1, weights) -> None:
-    """Against float64, by the size of what was added: weights of both signs cancel."""
-    exact = [[t.detach().double() for t in group] for group in (feats0, feats1, weights)]
-    expected, magnitude = formula(*exact), formula(*exact[:2], [w.abs() for w in exact[2]])
-    assert torch.equal(result.isnan(), expected.isnan())
-    excess = (result - expected).abs() - distance_bound(magnitude, feats0[0].dtype)
-    assert bool((excess.nan_to_num(nan=0) <= 0).all())
-
-
 def averaged(feats0, feats1, weights) -> Tensor:
     return composed.distance(feats0, feats1, weights)
-
-
-def maps(feats0, feats1, weights) -> list[Tensor]:
-    return [composed.distance_map(a, b, w) for a, b, w in zip(feats0, feats1, weights)]
-
-
-def relative_error(actual: Tensor, expected: Tensor) -> float:
-    """Norm of the error over the norm of the reference; NaN if anything is."""
-    error, norm = (actual.double() - expected).norm(), expected.norm()
-    return float(error / norm) if norm > 0 else float(error)
-
-
-def gradient_scale(grad: Tensor, a: Tensor, b: Tensor, w: Tensor) -> Tensor:
-    """|t| / |a|: the gradient before the part along the vector is taken off, which may be all."""
-    unit_difference = composed.normalize_tensor(a) - composed.normalize_tensor(b)
-    t = 2 * grad * w.view(1, -1, 1, 1) * unit_difference
-    return t / (a.norm(dim=1, keepdim=True) + EPS)
 
 
 def check_all(emulator: Emulator, feats0, feats1, weights, seed: int) -> None:
@@ -287,7 +262,7 @@ def check_all(emulator: Emulator, feats0, feats1, weights, seed: int) -> None:
     distances = emulator.distance(feats0, feats1, weights)
     expected = averaged(*exact)
     magnitude = averaged(exact[0], exact[1], [w.abs() for w in exact[2]])
-    assert bool(((distances - expected).abs() <= distance_bound(magnitude, dtype)).all())
+    assert bool(((distances - expected).abs() <= distance_bound(magnitude, error)).all())
 
     generator = torch.Generator().manual_seed(seed + 1)
     of_positions = []
@@ -301,14 +276,14 @@ def check_all(emulator: Emulator, feats0, feats1, weights, seed: int) -> None:
     magnitude = composed.distance(
         exact[0], exact[1], [w.abs() for w in exact[2]], position_weights=exactly
     )
-    assert bool(((masked - expected).abs() <= 3 * distance_bound(magnitude, dtype)).all())
+    assert bool(((masked - expected).abs() <= 3 * distance_bound(magnitude, error)).all())
     ones = [emulator.copy(torch.ones_like(p)) for p in of_positions]
     assert torch.equal(emulator.distance(feats0, feats1, weights, position_weights=ones), distances)
 
     results = emulator.distance_map(feats0, feats1, weights)
     magnitudes = maps(exact[0], exact[1], [w.abs() for w in exact[2]])
     for result, reference, magnitude in zip(results, maps(*exact), magnitudes):
-        assert bool(((result - reference).abs() <= distance_bound(magnitude, dtype)).all())
+        assert bool(((result - reference).abs() <= distance_bound(magnitude, error)).all())
 
     generator = torch.Generator().manual_seed(seed)
     accumulator = composed.accumulator_dtype(dtype)
@@ -781,9 +756,9 @@ def test_empty(emulator, order, shape):
     a, b, weights = (list(group) for group in zip(*layers))
     a, b = ([x.contiguous(memory_format=order) for x in xs] for xs in (a, b))
     result = emulator.distance(a, b, weights)
-    assert_within_rounding(result, composed.distance, a, b, weights)
+    assert_within_rounding(result, composed.distance, a, b, weights, 2e-6)
     for x, *layer in zip(emulator.distance_map(a, b, weights), a, b, weights):
-        assert_within_rounding(x, lambda *one: maps(*one)[0], *([t] for t in layer))
+        assert_within_rounding(x, lambda *one: maps(*one)[0], *([t] for t in layer), 2e-6)
     _, _, dw = emulator.backward(torch.ones(result.shape), a, b, weights)
     assert dw[0].shape == (shape[1],) and not dw[0].any()
     assert bool(dw[1].isfinite().all())

@@ -136,30 +136,35 @@ def test_rounding_of_what_a_relu_leaves(kernel):
     assert error < {3: 8e-7, 5: 2.5e-6}[kernel]
 
 
+@pytest.mark.parametrize("precise", [False, True])
 @pytest.mark.parametrize("channels, kernel", [(512, 3), (192, 5)])
-def test_an_image_has_the_same_bits_in_any_batch(channels, kernel):
+def test_an_image_has_the_same_bits_in_any_batch(channels, kernel, precise):
     # Enough tiles for several blocks, and rows of products in every place of one.
     x, weight = channels_last(13, channels, 12, 11), torch.randn(96, channels, kernel, kernel)
-    together = convolve(x, weight)
+    together = convolve(x, weight, precise=precise)
     for k in range(len(x)):
-        assert torch.equal(convolve(x[k : k + 1], weight), together[k : k + 1])
-    assert torch.equal(convolve(x.flip(0), weight), together.flip(0))
+        assert torch.equal(convolve(x[k : k + 1], weight, precise=precise), together[k : k + 1])
+    assert torch.equal(convolve(x.flip(0), weight, precise=precise), together.flip(0))
 
 
-def test_a_shifted_image_gives_the_shifted_bits():
+@pytest.mark.parametrize("precise", [False, True])
+def test_a_shifted_image_gives_the_shifted_bits(precise):
     # Inside, by whole tiles: nothing depends on where a tile lies.
     x, weight = channels_last(1, 40, 24, 24), torch.randn(24, 40, 3, 3)
-    shifted = convolve(torch.roll(x, (4, 8), (2, 3)), weight)
-    assert torch.equal(shifted[:, :, 8:-4, 12:-4], convolve(x, weight)[:, :, 4:-8, 4:-12])
+    shifted = convolve(torch.roll(x, (4, 8), (2, 3)), weight, precise=precise)
+    assert torch.equal(
+        shifted[:, :, 8:-4, 12:-4], convolve(x, weight, precise=precise)[:, :, 4:-8, 4:-12]
+    )
 
 
-def test_same_bits_with_any_number_of_threads():
+@pytest.mark.parametrize("precise", [False, True])
+def test_same_bits_with_any_number_of_threads(precise):
     x, weight = channels_last(3, 64, 30, 30), torch.randn(64, 64, 3, 3)
-    expected = convolve(x, weight)
+    expected = convolve(x, weight, precise=precise)
     threads = torch.get_num_threads()
     try:
         torch.set_num_threads(1 if threads > 1 else 2)
-        assert torch.equal(convolve(x, weight), expected)
+        assert torch.equal(convolve(x, weight, precise=precise), expected)
     finally:
         torch.set_num_threads(threads)
 
@@ -205,8 +210,10 @@ class TestOutliers:
             assert torch.equal(y[touched].isnan(), expected[touched].isnan())
 
 
-def test_outliers_of_part_of_an_image_and_everywhere():
+def test_outliers_are_looked_for_where_one_asks():
+    # 32 channels are one chain, asked or not.
     x, weight = channels_last(1, 32, 16, 16), torch.randn(32, 32, 3, 3)
+    assert torch.equal(convolve(x, weight, precise=True), convolve(x, weight))
     part = channels_last(1, 40, 18, 18)[:, 4:36, 1:-1, 1:-1]
     part[0, 5, 7, 8] = 1e9
     dense = part.contiguous(memory_format=torch.channels_last)
@@ -237,15 +244,16 @@ def test_some_channels_of_an_image_are_read_where_they_lie():
     assert torch.equal(convolve(crop, weight), convolve(dense, weight))
 
 
-def test_both_divisions_of_the_work_give_the_same_bits():
+@pytest.mark.parametrize("precise", [False, True])
+def test_both_divisions_of_the_work_give_the_same_bits(precise):
     # Few threads have enough tiles for blocks of their own; many share them.
     x, weight = channels_last(2, 64, 60, 60), torch.randn(64, 64, 3, 3)
     threads = torch.get_num_threads()
     try:
         torch.set_num_threads(1)
-        apart = convolve(x, weight)
+        apart = convolve(x, weight, precise=precise)
         torch.set_num_threads(64)
-        assert torch.equal(convolve(x, weight), apart)
+        assert torch.equal(convolve(x, weight, precise=precise), apart)
     finally:
         torch.set_num_threads(threads)
 
